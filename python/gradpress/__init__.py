@@ -1,0 +1,15 @@
+"""Gradient-guided training and compression of PyTorch models.
+
+Train large networks in little memory (:mod:`gradpress.optim`, :mod:`gradpress.nn`), and make
+tensors small (:mod:`gradpress.quant`, :mod:`gradpress.lowrank`), by kernels written in Rust that
+work in place on the caller's tensors.
+"""
+
+# Tensors cross the border through PyTorch's own exchange table, so it has to be there first.
+import torch as _torch  # noqa: F401
+
+from gradpress import environment, lowrank, memory, nn, ops, optim, quant
+from gradpress.ops.runtime import core_version as _core_version
+
+__version__ = _core_version()
+__all__ = ["__version__", "environment", "lowrank", "memory", "nn", "ops", "optim", "quant"]

@@ -1,0 +1,285 @@
+"""
+Native core of gradpress; use it through `gradpress.ops`.
+"""
+
+from typing import Any, SupportsFloat, SupportsIndex
+
+from _typeshed import SupportsGetItem
+
+__all__ = [
+    "adamw8bit_direction",
+    "adamw8bit_step",
+    "adamw_direction",
+    "adamw_step",
+    "dequantize_blockwise",
+    "dequantize_dynamic",
+    "pack_int4",
+    "project",
+    "project_back_add",
+    "project_back_requantize",
+    "quantize_blockwise",
+    "quantize_dynamic",
+    "refresh_basis",
+    "round_bf16_stochastic",
+    "set_simd_level",
+    "simd_level",
+    "simd_levels",
+    "svd",
+    "unpack_int4",
+    "version",
+]
+
+def adamw8bit_direction(
+    grads: SupportsGetItem[int, Any],
+    exp_avg_codes: SupportsGetItem[int, Any],
+    exp_avg_scale: SupportsGetItem[int, Any],
+    exp_avg_sq_codes: SupportsGetItem[int, Any],
+    exp_avg_sq_scale: SupportsGetItem[int, Any],
+    steps: SupportsGetItem[int, SupportsIndex],
+    nonfinite: Any,
+    lr: SupportsFloat | SupportsIndex,
+    beta1: SupportsFloat | SupportsIndex,
+    beta2: SupportsFloat | SupportsIndex,
+    eps: SupportsFloat | SupportsIndex,
+    maximize: bool,
+    grad_scale: SupportsFloat | SupportsIndex,
+    block_size: SupportsIndex,
+) -> None:
+    """
+    Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
+    """
+
+def adamw8bit_step(
+    params: SupportsGetItem[int, Any],
+    grads: SupportsGetItem[int, Any],
+    exp_avg_codes: SupportsGetItem[int, Any],
+    exp_avg_scale: SupportsGetItem[int, Any],
+    exp_avg_sq_codes: SupportsGetItem[int, Any],
+    exp_avg_sq_scale: SupportsGetItem[int, Any],
+    steps: SupportsGetItem[int, SupportsIndex],
+    tensor_ids: SupportsGetItem[int, SupportsIndex],
+    nonfinite: Any,
+    lr: SupportsFloat | SupportsIndex,
+    beta1: SupportsFloat | SupportsIndex,
+    beta2: SupportsFloat | SupportsIndex,
+    eps: SupportsFloat | SupportsIndex,
+    weight_decay: SupportsFloat | SupportsIndex,
+    maximize: bool,
+    grad_scale: SupportsFloat | SupportsIndex,
+    stochastic_rounding: bool,
+    seed: SupportsIndex,
+    block_size: SupportsIndex,
+) -> None:
+    """
+    Steps parameters in place by AdamW with 8-bit moments.
+
+    Elements whose gradient is not finite keep parameter and moments, and are added to `nonfinite`.
+    """
+
+def adamw_direction(
+    grads: SupportsGetItem[int, Any],
+    exp_avg: SupportsGetItem[int, Any],
+    exp_avg_sq: SupportsGetItem[int, Any],
+    steps: SupportsGetItem[int, SupportsIndex],
+    nonfinite: Any,
+    lr: SupportsFloat | SupportsIndex,
+    beta1: SupportsFloat | SupportsIndex,
+    beta2: SupportsFloat | SupportsIndex,
+    eps: SupportsFloat | SupportsIndex,
+    maximize: bool,
+    grad_scale: SupportsFloat | SupportsIndex,
+) -> None:
+    """
+    `adamw8bit_direction` with float32 moments.
+    """
+
+def adamw_step(
+    params: SupportsGetItem[int, Any],
+    grads: SupportsGetItem[int, Any],
+    exp_avg: SupportsGetItem[int, Any],
+    exp_avg_sq: SupportsGetItem[int, Any],
+    steps: SupportsGetItem[int, SupportsIndex],
+    tensor_ids: SupportsGetItem[int, SupportsIndex],
+    nonfinite: Any,
+    lr: SupportsFloat | SupportsIndex,
+    beta1: SupportsFloat | SupportsIndex,
+    beta2: SupportsFloat | SupportsIndex,
+    eps: SupportsFloat | SupportsIndex,
+    weight_decay: SupportsFloat | SupportsIndex,
+    maximize: bool,
+    grad_scale: SupportsFloat | SupportsIndex,
+    stochastic_rounding: bool,
+    seed: SupportsIndex,
+) -> None:
+    """
+    Steps parameters in place by AdamW with float32 moments; see `adamw8bit_step`.
+    """
+
+def dequantize_blockwise(
+    codes: Any,
+    scale: Any,
+    zero_point: Any | None,
+    out: Any,
+    bits: SupportsIndex,
+    group_size: SupportsIndex,
+) -> None:
+    """
+    Writes the values behind `codes` into `out`, the inverse of `quantize_blockwise`.
+    """
+
+def dequantize_dynamic(
+    codes: Any, scale: Any, out: Any, signed: bool, block_size: SupportsIndex
+) -> None:
+    """
+    Writes the values behind dynamic codes into `out`.
+    """
+
+def pack_int4(codes: Any, packed: Any) -> None:
+    """
+    Packs 4-bit codes (uint8, 0 to 15) two to the byte, the first in the low nibble.
+    """
+
+def project(
+    grads: SupportsGetItem[int, Any],
+    bases: SupportsGetItem[int, Any],
+    outs: SupportsGetItem[int, Any],
+) -> None:
+    """
+    Projects gradients (`[m, n]`) with bases (`[min(m, n), rank]`, float32) into `outs` (float32).
+
+    For m >= n an output is `grad @ basis`, `[m, rank]`; otherwise `basis.T @ grad`, `[rank, n]`.
+    """
+
+def project_back_add(
+    params: SupportsGetItem[int, Any],
+    updates: SupportsGetItem[int, Any],
+    bases: SupportsGetItem[int, Any],
+    scale: SupportsFloat | SupportsIndex,
+    decay: SupportsFloat | SupportsIndex,
+    stochastic_rounding: bool,
+    seed: SupportsIndex,
+    tensor_ids: SupportsGetItem[int, SupportsIndex],
+    steps: SupportsGetItem[int, SupportsIndex],
+) -> None:
+    """
+    `params = params * (1 - decay) + scale * back(update)`, in place, rounded once.
+
+    `decays` and the random numbers' `tensor_ids` and `steps` have an entry for each parameter.
+    """
+
+def project_back_requantize(
+    codes: SupportsGetItem[int, Any],
+    scales: SupportsGetItem[int, Any],
+    zero_points: SupportsGetItem[int, Any],
+    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex]],
+    updates: SupportsGetItem[int, Any],
+    bases: SupportsGetItem[int, Any],
+    bits: SupportsIndex,
+    group_size: SupportsIndex,
+    scale: SupportsFloat | SupportsIndex,
+    decay: SupportsFloat | SupportsIndex,
+    stochastic: bool,
+    seed: SupportsIndex,
+    tensor_ids: SupportsGetItem[int, SupportsIndex],
+    steps: SupportsGetItem[int, SupportsIndex],
+) -> None:
+    """
+    `weights = round(weights * (1 - decay) + scale * back(update))` on quantized weights, in place.
+
+    Where `bases` is empty the updates are dense, `[m, n]`. Groups in which nothing changes keep
+    their codes and grids bit for bit.
+    """
+
+def quantize_blockwise(
+    x: Any,
+    codes: Any,
+    scale: Any,
+    zero_point: Any | None,
+    bits: SupportsIndex,
+    stochastic: bool,
+    group_size: SupportsIndex,
+    seed: SupportsIndex,
+    tensor_id: SupportsIndex,
+    step: SupportsIndex,
+) -> int:
+    """
+    Quantizes `x` in groups of `group_size` consecutive elements.
+
+    Written are `codes`, `scale` (float32, one per group) and, for affine codes, `zero_point`
+    (uint8, one per group). Returns the number of NaN and infinite values, which count as zero and
+    as the extremes of their group's finite values.
+    """
+
+def quantize_dynamic(
+    x: Any, codes: Any, scale: Any, signed: bool, block_size: SupportsIndex
+) -> int:
+    """
+    Quantizes `x` with the dynamic map of first moments (`signed`) or of second moments.
+
+    `scale` is the largest magnitude of each block. Returns the number of values not finite, which
+    count as zero (NaN) and as the extremes of the block's finite values.
+    """
+
+def refresh_basis(
+    grads: SupportsGetItem[int, Any],
+    bases: SupportsGetItem[int, Any],
+    vectors: SupportsGetItem[int, Any],
+    warm: SupportsGetItem[int, bool],
+    seed: SupportsIndex,
+    tensor_ids: SupportsGetItem[int, SupportsIndex],
+    steps: SupportsGetItem[int, SupportsIndex],
+) -> list[tuple[int, float, float]]:
+    """
+    Finds the projectors of gradients anew.
+
+    `bases` (`[min(m, n), rank]`, float32) and `vectors` (`[min(m, n)]`, the leading direction) are
+    read where `warm` says that they hold an earlier basis, and written. Returns for each gradient
+    a status (0 refreshed, 1 zero gradient, 2 kept because of NaN or infinite values), the cosine
+    of the leading directions before and after, and the share of the squared norm captured.
+    """
+
+def round_bf16_stochastic(
+    x: Any, out: Any, seed: SupportsIndex, tensor_id: SupportsIndex, step: SupportsIndex
+) -> None:
+    """
+    Rounds float32 `x` stochastically into bfloat16 `out` of the same shape.
+    """
+
+def set_simd_level(level: str) -> None:
+    """
+    Makes the CPU kernels use an instruction set that this processor offers.
+    """
+
+def simd_level() -> str:
+    """
+    The instruction set the CPU kernels use: "scalar", "avx2" or "avx512".
+    """
+
+def simd_levels() -> list[str]:
+    """
+    The instruction sets that this processor offers.
+    """
+
+def svd(
+    x: Any,
+    u: Any,
+    s: Any,
+    vh: Any,
+    n_iter: SupportsIndex,
+    oversample: SupportsIndex,
+    seed: SupportsIndex,
+) -> bool:
+    """
+    Randomized SVD of `x` (`[m, n]`): writes `u` (`[m, rank]`), `s` (`[rank]`) and `vh`
+    (`[rank, n]`), float32. Returns whether `x` was finite; nothing is written otherwise.
+    """
+
+def unpack_int4(packed: Any, codes: Any) -> None:
+    """
+    Unpacks what `pack_int4` packed; the number of codes is that of `codes`.
+    """
+
+def version() -> str:
+    """
+    The version of the native core.
+    """

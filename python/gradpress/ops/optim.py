@@ -1,0 +1,184 @@
+"""Fused AdamW steps over lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gradpress import _core
+from gradpress.ops._arrays import written
+
+Tensors = Sequence[torch.Tensor]
+
+
+def adamw8bit_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg_codes: Tensors,
+    exp_avg_scale: Tensors,
+    exp_avg_sq_codes: Tensors,
+    exp_avg_sq_scale: Tensors,
+    *,
+    steps: Sequence[int],
+    tensor_ids: Sequence[int],
+    nonfinite: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    stochastic_rounding: bool = True,
+    seed: int = 0,
+    block_size: int = 256,
+) -> None:
+    """Steps parameters in place by AdamW with moments of 8 bits.
+
+    Args:
+        params: float32, float16 or bfloat16, contiguous, in any mix.
+        grads: As `params`, of the same shapes.
+        exp_avg_codes: uint8 of the parameters' shapes: first moments in the signed dynamic map.
+        exp_avg_scale: float32, one for each block of a moment.
+        exp_avg_sq_codes: uint8: second moments in the unsigned dynamic map.
+        exp_avg_sq_scale: float32, one for each block of a moment.
+        steps: How often each parameter was stepped, this time included.
+        tensor_ids: Key of each parameter's random numbers.
+        nonfinite: int64 of one element, increased by the number of gradient elements that are NaN
+            or infinite; parameter and moments keep their values there.
+        lr: Learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay, times the learning rate.
+        maximize: Ascend.
+        grad_scale: Gradients are divided by it.
+        stochastic_rounding: How bfloat16 parameters are rounded.
+        seed: Key of the random numbers.
+        block_size: Elements that share a scale.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument does not fit; nothing is written.
+    """
+    states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
+    _core.adamw8bit_step(
+        params,
+        grads,
+        *states,
+        steps,
+        tensor_ids,
+        nonfinite,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        maximize,
+        grad_scale,
+        stochastic_rounding,
+        seed,
+        block_size,
+    )
+    written(t for tensors in (params, *states) for t in tensors)
+
+
+def adamw_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    *,
+    steps: Sequence[int],
+    tensor_ids: Sequence[int],
+    nonfinite: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    stochastic_rounding: bool = True,
+    seed: int = 0,
+) -> None:
+    """:func:`adamw8bit_step` with float32 moments `exp_avg` and `exp_avg_sq`."""
+    _core.adamw_step(
+        params,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        steps,
+        tensor_ids,
+        nonfinite,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        maximize,
+        grad_scale,
+        stochastic_rounding,
+        seed,
+    )
+    written(t for tensors in (params, exp_avg, exp_avg_sq) for t in tensors)
+
+
+def adamw8bit_direction(
+    grads: Tensors,
+    exp_avg_codes: Tensors,
+    exp_avg_scale: Tensors,
+    exp_avg_sq_codes: Tensors,
+    exp_avg_sq_scale: Tensors,
+    *,
+    steps: Sequence[int],
+    nonfinite: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    block_size: int = 256,
+) -> None:
+    """Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
+
+    The arguments are those of :func:`adamw8bit_step`; the update is zero where the gradient is
+    not finite.
+    """
+    states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
+    _core.adamw8bit_direction(
+        grads,
+        *states,
+        steps,
+        nonfinite,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        maximize,
+        grad_scale,
+        block_size,
+    )
+    written(t for tensors in (grads, *states) for t in tensors)
+
+
+def adamw_direction(
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    *,
+    steps: Sequence[int],
+    nonfinite: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+) -> None:
+    """:func:`adamw8bit_direction` with float32 moments."""
+    _core.adamw_direction(
+        grads, exp_avg, exp_avg_sq, steps, nonfinite, lr, beta1, beta2, eps, maximize, grad_scale
+    )
+    written(t for tensors in (grads, exp_avg, exp_avg_sq) for t in tensors)

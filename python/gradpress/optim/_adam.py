@@ -1,0 +1,132 @@
+"""Adam moments in 8 bits or 32, and the calls that step a list of tensors with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gradpress.ops import dynamic
+from gradpress.ops import optim as kernels
+
+State = dict[str, Any]
+
+CODES = ("exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale")
+FLOATS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamHyper(NamedTuple):
+    """The numbers of one Adam step that a whole list of tensors shares."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    grad_scale: float
+    stochastic_rounding: bool
+    seed: int
+    block_size: int
+
+    @classmethod
+    def of(cls, group: dict[str, Any], grad_scale: float) -> AdamHyper:
+        """The numbers of a parameter group."""
+        beta1, beta2 = group["betas"]
+        return cls(
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            stochastic_rounding=group["stochastic_rounding"],
+            seed=group["seed"],
+            block_size=group["block_size"],
+        )
+
+
+def new_moments(
+    state: State, shape: Sequence[int], device: torch.device, group: dict[str, Any]
+) -> None:
+    """Adds zero moments to a state: 8-bit codes, or float32 for 32 bits and small tensors."""
+    numel = math.prod(shape)
+    if group["state_bits"] == 32 or numel < group["min_8bit_size"]:
+        for name in FLOATS:
+            state[name] = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
+        return
+    blocks = -(-numel // group["block_size"])
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        zero = dynamic.zero_code(signed=signed)
+        state[f"{name}_codes"] = torch.full(tuple(shape), zero, dtype=torch.uint8, device=device)
+        state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+
+
+class Batch(NamedTuple):
+    """Tensors that are stepped in one call, in parallel lists.
+
+    Attributes:
+        targets: Parameters, or float32 gradients that become updates.
+        grads: The parameters' gradients; the targets themselves when those are gradients.
+        states: The optimizer's state of each.
+    """
+
+    targets: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    states: list[State]
+
+
+def step_parameters(batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor) -> None:
+    """Steps parameters in place: AdamW of Loshchilov and Hutter, arithmetic in float32."""
+    for names, chosen in _by_precision(batch):
+        call = kernels.adamw8bit_step if names is CODES else kernels.adamw_step
+        call(
+            chosen.targets,
+            chosen.grads,
+            *([s[name] for s in chosen.states] for name in names),
+            **_shared(names, chosen, hyper, nonfinite),
+            tensor_ids=[s["tensor_id"] for s in chosen.states],
+            weight_decay=hyper.weight_decay,
+            stochastic_rounding=hyper.stochastic_rounding,
+            seed=hyper.seed,
+        )
+
+
+def step_directions(batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor) -> None:
+    """Turns gradients (float32 `targets`) into Adam's update, minus the learning rate, in place."""
+    for names, chosen in _by_precision(batch):
+        call = kernels.adamw8bit_direction if names is CODES else kernels.adamw_direction
+        call(
+            chosen.targets,
+            *([s[name] for s in chosen.states] for name in names),
+            **_shared(names, chosen, hyper, nonfinite),
+        )
+
+
+def _by_precision(batch: Batch) -> list[tuple[tuple[str, ...], Batch]]:
+    """The tensors whose moments are codes, and those whose moments are floats."""
+    result: list[tuple[tuple[str, ...], Batch]] = []
+    for names in (CODES, FLOATS):
+        rows = [row for row in zip(*batch, strict=True) if names[0] in row[2]]
+        if rows:
+            result.append((names, Batch(*(list(column) for column in zip(*rows, strict=True)))))
+    return result
+
+
+def _shared(
+    names: tuple[str, ...], batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor
+) -> dict[str, Any]:
+    shared = {
+        "steps": [int(s["step"].item()) for s in batch.states],
+        "nonfinite": nonfinite,
+        "lr": hyper.lr,
+        "beta1": hyper.beta1,
+        "beta2": hyper.beta2,
+        "eps": hyper.eps,
+        "maximize": hyper.maximize,
+        "grad_scale": hyper.grad_scale,
+    }
+    return {**shared, "block_size": hyper.block_size} if names is CODES else shared

@@ -1,0 +1,188 @@
+"""What the optimizers share: checks, closures, gradient scaling, and state that loads exactly."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, cast
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from gradpress.nn._weight import QuantizedWeight
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+class LowBitOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state is tensors and numbers of its own choice of dtype.
+
+    Subclasses implement `_step_group`. State tensors keep their dtype through `load_state_dict`,
+    which PyTorch by itself would cast to the parameter's.
+    """
+
+    _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        # `step` reads `grad_scale` and `found_inf`, which GradScaler sets.
+        self._step_supports_amp_scaling = True
+        self._install_state_hooks()
+
+    # Options
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds parameters with options of their own; options left out take the defaults.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (ValueError, NotImplementedError, TypeError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Group) -> None:
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not float(lr) >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        for index, beta in enumerate(group["betas"]):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        if group["differentiable"]:
+            raise NotImplementedError(
+                f"{type(self).__name__}: differentiable must be False; the fused kernels cannot be"
+                " differentiated"
+            )
+        if group["capturable"]:
+            raise NotImplementedError(
+                f"{type(self).__name__}: capturable must be False; only CPU kernels are built in"
+            )
+
+    # Stepping
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; run with gradients enabled.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+        scale = 1.0 if grad_scale is None else float(grad_scale.item())
+        with torch.no_grad():
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                if params:
+                    self._check_gradients(params)
+                    self._step_group(group, params, scale)
+        return loss
+
+    def _step_group(self, group: Group, params: list[torch.Tensor], grad_scale: float) -> None:
+        raise NotImplementedError
+
+    def _check_gradients(self, params: Iterable[torch.Tensor]) -> None:
+        for p in params:
+            grad = cast(torch.Tensor, p.grad)
+            if grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if p.is_complex():
+                raise RuntimeError(f"{type(self).__name__} does not support complex parameters")
+
+    def _ids(self) -> dict[torch.Tensor, int]:
+        """The ordinal of every parameter over all groups: the key of its random numbers."""
+        everything = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        return {p: i for i, p in enumerate(everything)}
+
+    def _names(self) -> Iterator[tuple[str, torch.Tensor, Group]]:
+        """Every parameter with its name, or its ordinal where it has none."""
+        ordinals = itertools.count()
+        for group in self.param_groups:
+            names = group.get("param_names", itertools.repeat(None))
+            for p, name in zip(group["params"], names, strict=False):
+                ordinal = next(ordinals)
+                yield name if name is not None else f"{ordinal}", p, group
+
+    # State
+
+    def __setstate__(self, state: State) -> None:
+        """Restores a pickled or copied optimizer, whose hooks were not copied."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        if not self.__dict__.get("_state_hooks_installed", False):
+            self._install_state_hooks()
+
+    def __getstate__(self) -> State:
+        """What pickle and deepcopy keep: everything but the hooks."""
+        return {**super().__getstate__(), "_step_supports_amp_scaling": True}
+
+    def _install_state_hooks(self) -> None:
+        self.register_load_state_dict_pre_hook(_remember_loaded)
+        # Before the user's hooks, which shall see the state as it will be.
+        self.register_load_state_dict_post_hook(_restore_dtypes, prepend=True)
+        self._state_hooks_installed = True
+
+
+def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> None:
+    ids = [list(g["params"]) for g in state_dict["param_groups"]]
+    optimizer.__dict__["_loaded_state"] = (state_dict["state"], ids)
+
+
+def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
+    loaded, ids = optimizer.__dict__.pop("_loaded_state")
+    keep = type(optimizer)._KEEP_DTYPE  # type: ignore[attr-defined]
+    live = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
+    for key, p in zip(itertools.chain.from_iterable(ids), live, strict=True):
+        source = loaded.get(key, {})
+        for name in keep & source.keys():
+            if isinstance(source[name], torch.Tensor):
+                # The device follows the parameter; the dtype is the state's own.
+                optimizer.state[p][name] = source[name].detach().to(p.device, copy=True)
+
+
+def plain_gradient(p: torch.Tensor) -> torch.Tensor:
+    """The gradient as a contiguous tensor, copied only where it is not one already."""
+    grad = cast(torch.Tensor, p.grad).detach()
+    return grad.resolve_neg().contiguous()
+
+
+def new_step() -> torch.Tensor:
+    """The counter of a parameter that was never stepped, as PyTorch keeps it."""
+    return torch.zeros((), dtype=torch.float32)
+
+
+def is_quantized(p: torch.Tensor) -> bool:
+    """Whether the parameter is stored as integers."""
+    return isinstance(p, QuantizedWeight)
+
+
+def warn_once(seen: set[str], text: str) -> None:
+    """Warns unless the same text was given before."""
+    if text not in seen:
+        seen.add(text)
+        warnings.warn(text, stacklevel=3)

@@ -1,0 +1,112 @@
+"""The projector of one matrix, as tensors and numbers in the optimizer's state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+
+from gradpress.ops import quant as kernels
+from gradpress.ops.lowrank import REFRESHED, Refresh
+
+State = dict[str, Any]
+Group = dict[str, Any]
+
+#: State tensors that keep their dtype when a checkpoint is loaded.
+KEEP: tuple[str, ...] = (
+    "projector",
+    "projector_codes",
+    "projector_scale",
+    "projector_zero_point",
+    "projector_vector",
+    "projector_cosines",
+)
+
+
+def matrix_shape(p: torch.Tensor) -> tuple[int, int]:
+    """A parameter as a matrix: tensors of higher order keep the first dimension as rows."""
+    return p.shape[0], math.prod(p.shape[1:])
+
+
+def new_projector(
+    state: State, shape: tuple[int, int], device: torch.device, group: Group, offset: int
+) -> None:
+    """Adds a projector that holds unit vectors until its first refresh."""
+    short = min(shape)
+    rank = min(group["rank"], short)
+    state["projector_rank"] = rank
+    state["projector_ready"] = 0
+    state["projector_interval"] = group["update_proj_gap"]
+    state["projector_offset"] = offset
+    state["projector_refreshes"] = 0
+    state["projector_energy"] = 0.0
+    state["projector_cosine_count"] = 0
+    state["projector_cosines"] = torch.zeros(group["queue_size"], dtype=torch.float32)
+    state["projector_vector"] = torch.zeros(short, dtype=torch.float32, device=device)
+    store_basis(state, torch.eye(short, rank, device=device), group)
+
+
+def load_basis(state: State, shape: tuple[int, int], group: Group) -> torch.Tensor:
+    """The basis as float32 ``[min(shape), rank]``."""
+    if group["projector_bits"] is None:
+        return cast(torch.Tensor, state["projector"])
+    basis = kernels.dequantize_blockwise(
+        state["projector_codes"],
+        state["projector_scale"],
+        state["projector_zero_point"],
+        shape=(min(shape), state["projector_rank"]),
+        bits=group["projector_bits"],
+        group_size=group["projector_group_size"],
+    )
+    return cast(torch.Tensor, basis)
+
+
+def store_basis(state: State, basis: torch.Tensor, group: Group) -> None:
+    """Stores a basis, rounded to nearest when the projector has integer codes."""
+    if group["projector_bits"] is None:
+        state["projector"] = basis
+        return
+    parts = kernels.quantize_blockwise(
+        basis,
+        bits=group["projector_bits"],
+        group_size=group["projector_group_size"],
+        rounding="nearest",
+    )
+    state["projector_codes"] = parts.codes
+    state["projector_scale"] = parts.scale
+    state["projector_zero_point"] = parts.zero_point
+
+
+def is_due(state: State, completed_steps: int) -> bool:
+    """Whether the projector is refreshed in this step (section 1.1.4 of Q-GaLore's code)."""
+    if not state["projector_ready"]:
+        return True
+    since = completed_steps + int(state["projector_offset"])
+    return since % int(state["projector_interval"]) == 0
+
+
+def record(state: State, outcome: Refresh, group: Group) -> None:
+    """Counts a refresh, and lengthens the interval of a subspace that has become stable.
+
+    When the cosines of the last `queue_size` leading directions with their predecessors are on
+    average at least `cos_threshold`, the interval grows by the factor `gamma_proj`. The queue is
+    kept, so that every later refresh of a stable subspace lengthens it again.
+    """
+    if outcome.status != REFRESHED:
+        return
+    state["projector_refreshes"] += 1
+    state["projector_energy"] = outcome.energy
+    if not state["projector_ready"]:
+        state["projector_ready"] = 1
+        return
+    cosines = state["projector_cosines"]
+    size, count = cosines.numel(), state["projector_cosine_count"]
+    if count == size:
+        cosines[:-1] = cosines[1:].clone()
+    else:
+        count += 1
+    cosines[count - 1] = outcome.cosine
+    state["projector_cosine_count"] = count
+    if count == size and float(cosines.mean()) >= group["cos_threshold"]:
+        state["projector_interval"] = int(group["gamma_proj"] * state["projector_interval"])

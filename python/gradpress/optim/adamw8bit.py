@@ -1,0 +1,191 @@
+"""AdamW with moments of 8 bits.
+
+Dettmers, Lewis, Shleifer, Zettlemoyer: "8-bit Optimizers via Block-wise Quantization" (2021,
+arXiv 2110.02861), with the update of Loshchilov and Hutter: "Decoupled Weight Decay
+Regularization" (2017, arXiv 1711.05101). Original implementation: bitsandbytes. Differences: the
+weight decay comes before the step, as in `torch.optim.AdamW`; a positive second moment never
+becomes zero; bfloat16 parameters are rounded stochastically.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from gradpress.nn._weight import QuantizedWeight
+from gradpress.optim._adam import (
+    CODES,
+    FLOATS,
+    AdamHyper,
+    Batch,
+    new_moments,
+    step_directions,
+    step_parameters,
+)
+from gradpress.optim._base import Group, LowBitOptimizer, new_step, plain_gradient
+from gradpress.optim._weights import requantize_with_update
+
+
+class AdamW8bit(LowBitOptimizer):
+    r"""AdamW whose two moments take one byte each.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2 \\
+        p_t &= (1 - \eta\lambda)\, p_{t-1}
+            - \eta\, \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
+
+    The moments are stored as 8-bit codes of a dynamic map with one float32 scale for each block of
+    256 elements; all arithmetic is in float32 and the parameter is rounded once. One native call
+    steps all tensors of a group. The result is the same bit for bit whatever the number of threads
+    or the instruction set. An element whose gradient is NaN or infinite keeps its parameter and
+    moments, and is counted (:attr:`nonfinite_gradients`).
+
+    Args:
+        params: Tensors, named tensors, or dicts of parameter groups, as for `torch.optim.AdamW`.
+            Any option below but the flags may stand in a group. Weights quantized by
+            :func:`gradpress.nn.quantize_` are updated in place with stochastic rounding.
+        lr: Learning rate; a number or a tensor of one element.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay, times the learning rate.
+        maximize: Ascends instead of descending.
+        foreach: Accepted for compatibility; the kernels always take lists.
+        fused: Accepted for compatibility; the kernels are always fused.
+        capturable: Must be False: only CPU kernels are built in.
+        differentiable: Must be False: the kernels cannot be differentiated.
+        block_size: Elements of a moment that share a scale.
+        min_8bit_size: Tensors with fewer elements keep float32 moments.
+        state_bits: 8, or 32 for float32 moments throughout.
+        stochastic_rounding: Round bfloat16 parameters stochastically, so that updates below half a
+            step count on average; False rounds to nearest.
+        weight_rounding: How quantized weights are rounded: ``"stochastic"`` or ``"nearest"``.
+        seed: Key of all random numbers. Equal seeds give equal bits.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    Example:
+        >>> import torch, gradpress
+        >>> model = torch.nn.Linear(128, 128)
+        >>> optimizer = gradpress.optim.AdamW8bit(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 128)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["exp_avg_codes"].dtype
+        torch.uint8
+    """
+
+    _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset((*CODES, *FLOATS))
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        block_size: int = 256,
+        min_8bit_size: int = 4096,
+        state_bits: int = 8,
+        stochastic_rounding: bool = True,
+        weight_rounding: str = "stochastic",
+        seed: int = 0,
+        **own_defaults: Any,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "block_size": block_size,
+            "min_8bit_size": min_8bit_size,
+            "state_bits": state_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+            **own_defaults,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["block_size"] < 1:
+            raise ValueError(f"Invalid block_size value: {group['block_size']}")
+        if group["state_bits"] not in (8, 32):
+            raise ValueError(f"Invalid state_bits value: {group['state_bits']}")
+        if group["weight_rounding"] not in ("stochastic", "nearest"):
+            raise ValueError(f"Invalid weight_rounding value: {group['weight_rounding']!r}")
+        if not 0 <= group["seed"] < 1 << 64:
+            raise ValueError(f"Invalid seed value: {group['seed']}")
+
+    @property
+    def nonfinite_gradients(self) -> int:
+        """How many gradient elements were NaN or infinite, and left alone, since construction."""
+        return sum(int(count.item()) for count in self._counters().values())
+
+    def _counters(self) -> dict[torch.device, torch.Tensor]:
+        counters: dict[torch.device, torch.Tensor] = self.__dict__.setdefault("_nonfinite", {})
+        return counters
+
+    def _counter(self, device: torch.device) -> torch.Tensor:
+        counters = self._counters()
+        if device not in counters:
+            counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return counters[device]
+
+    def _step_group(self, group: Group, params: list[torch.Tensor], grad_scale: float) -> None:
+        self._step_unprojected(group, params, grad_scale)
+
+    def _step_unprojected(
+        self, group: Group, params: list[torch.Tensor], grad_scale: float
+    ) -> None:
+        """AdamW on whole gradients, for dense and for quantized parameters."""
+        ids = self._ids()
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"], state["tensor_id"] = new_step(), ids[p]
+                new_moments(state, p.shape, p.device, group)
+            state["step"] += 1
+        hyper = AdamHyper.of(group, grad_scale)
+        for p in params:
+            if isinstance(p, QuantizedWeight):
+                self._step_quantized(group, p, hyper)
+        dense = [p for p in params if not isinstance(p, QuantizedWeight)]
+        if dense:
+            targets = [p if p.is_contiguous() else p.detach().contiguous() for p in dense]
+            states = [self.state[p] for p in dense]
+            batch = Batch(targets, [plain_gradient(p) for p in dense], states)
+            step_parameters(batch, hyper, self._counter(dense[0].device))
+            for p, target in zip(dense, targets, strict=True):
+                if target is not p:
+                    p.copy_(target)
+
+    def _step_quantized(self, group: Group, p: QuantizedWeight, hyper: AdamHyper) -> None:
+        """A quantized weight that is not projected: Adam's update, then one rounding."""
+        state = self.state[p]
+        # A copy: the gradient itself is never written.
+        update = cast(torch.Tensor, p.grad).detach().to(torch.float32, copy=True).contiguous()
+        batch = Batch([update], [update], [state])
+        step_directions(batch, hyper, self._counter(p.device))
+        requantize_with_update(
+            p,
+            update,
+            decay=hyper.lr * hyper.weight_decay,
+            rounding=group["weight_rounding"],
+            seed=hyper.seed,
+            tensor_id=state["tensor_id"],
+            step=int(state["step"].item()),
+        )

@@ -1,0 +1,367 @@
+"""The training run: prepare, step, evaluate, save, resume, finish."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gradpress.train.checkpoint import clean_checkpoints, newest_checkpoint, save_checkpoint
+from gradpress.train.config import TrainConfig
+from gradpress.train.errors import DivergedError, UserError, require
+from gradpress.train.evaluate import evaluate, token_losses
+from gradpress.train.files import write_atomically, write_json
+from gradpress.train.folder import (
+    RunOptions,
+    clean_folder,
+    create_folder,
+    discard_folder,
+    locked,
+    read_options_for_resume,
+    write_options,
+)
+from gradpress.train.interrupt import Interrupt
+from gradpress.train.metrics import (
+    EVALUATION,
+    STEP,
+    MetricsWriter,
+    read_metrics,
+    truncate_metrics,
+)
+from gradpress.train.model import build_model, export_model
+from gradpress.train.optimizer import (
+    build_optimizer,
+    quantize_weights,
+    refresh_count,
+    set_learning_rates,
+)
+from gradpress.train.process import resident_bytes
+from gradpress.train.report import last_evaluation, median_of, plot_losses
+from gradpress.train.schedule import lr_multiplier
+from gradpress.train.tokens import TokenData, copy_tokens, prepare_tokens, training_batch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: Its folder.
+        step: Completed steps.
+        exit_code: 0 when all steps are done, else 128 plus the number of the signal.
+        validation_loss: The newest one, in nats per token, or None.
+    """
+
+    folder: Path
+    step: int
+    exit_code: int
+    validation_loss: float | None
+
+
+def start_run(
+    config: TrainConfig, options: RunOptions, folder: Path, data_from: Path | None = None
+) -> Outcome:
+    """Trains a model from its initialization in a new folder.
+
+    Args:
+        config: What to compute.
+        options: How to carry it out.
+        folder: A folder that does not exist yet or is empty.
+        data_from: Folder of another run whose tokenizer and tokens are to be taken; None reads
+            `config.text`.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError: An option, a path or a missing package stands in the way, or the loss diverged.
+    """
+    _require_packages(options)
+    options = _use_threads(options)
+    create_folder(folder, config, options)
+    with locked(folder):
+        try:
+            if data_from is not None:
+                copy_tokens(data_from, folder)
+            trainer = Trainer(config, options, folder)
+        except UserError:
+            discard_folder(folder)
+            raise
+        return trainer.run()
+
+
+def resume_run(
+    folder: Path, config_changes: dict[str, Any], option_changes: dict[str, Any]
+) -> Outcome:
+    """Continues a run from its newest complete checkpoint, bit for bit.
+
+    Args:
+        folder: The run's folder.
+        config_changes: Fields of `TrainConfig` that must agree with the stored ones.
+        option_changes: Fields of `RunOptions` that replace the stored ones.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError: There is no run, a field differs, or the loss diverged.
+    """
+    config, options = read_options_for_resume(folder, config_changes, option_changes)
+    _require_packages(options)
+    options = _use_threads(options)
+    with locked(folder):
+        write_options(folder, config, options)
+        clean_folder(folder)
+        clean_checkpoints(folder / "checkpoints")
+        trainer = Trainer(config, options, folder)
+        trainer.restore()
+        return trainer.run()
+
+
+class Trainer:
+    """One run in one process.
+
+    Args:
+        config: What to compute.
+        options: How to carry it out.
+        folder: The run's folder; its `config.json` is written already.
+    """
+
+    def __init__(self, config: TrainConfig, options: RunOptions, folder: Path) -> None:
+        self.config = config
+        self.options = options
+        self.folder = folder
+        self.step = 0
+        self.data: TokenData = prepare_tokens(config, folder)
+        self.model = build_model(config)
+        quantize_weights(self.model, config)
+        self.optimizer = build_optimizer(self.model, config)
+        self._memory_counted = False
+        self._metrics_path = folder / "metrics.jsonl"
+
+    def restore(self) -> None:
+        """Takes up the newest complete checkpoint, or the start when there is none.
+
+        Raises:
+            UserError: The checkpoint was trained on other tokens, or cannot be loaded.
+        """
+        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is None:
+            truncate_metrics(self._metrics_path, None)
+            print("no checkpoint yet: starting at the first step", flush=True)
+            return
+        if checkpoint.trainer["data_digest"] != self.data.digest:
+            raise UserError(f"{self.folder}: the text is not the one this run was trained on")
+        checkpoint.load(self.model, self.optimizer)
+        self.step = checkpoint.step
+        truncate_metrics(self._metrics_path, self.step)
+        print(f"resumed at step {self.step} from {checkpoint.folder}", flush=True)
+
+    def run(self) -> Outcome:
+        """Trains until the last step or a signal, and writes the results."""
+        self._print_start()
+        metrics = MetricsWriter(self._metrics_path)
+        try:
+            with Interrupt() as interrupt, self._progress_bar() as bar:
+                self._steps(metrics, interrupt, bar)
+        finally:
+            metrics.close()
+        if self.step == self.config.steps:
+            self._finish()
+        elif self.options.plot:
+            self._plot()
+        return self._outcome(interrupt.exit_code if self.step < self.config.steps else 0)
+
+    def _steps(self, metrics: MetricsWriter, interrupt: Interrupt, bar: tqdm[Any]) -> None:
+        evaluated = last_evaluation(read_metrics(self._metrics_path))
+        if evaluated is None:
+            evaluated = self._evaluate(metrics)
+        saved = self.step
+        while self.step < self.config.steps and interrupt.signal is None:
+            record = self.train_step()
+            metrics.write(STEP, **record)
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s, "
+                f"{record['memory_bytes'] / 1e6:.0f} MB"
+            )
+            if self._is_due(self.config.eval_every):
+                evaluated = self._evaluate(metrics)
+            if self._is_due(self.options.save_every):
+                self._save(metrics)
+                saved = self.step
+        if self.step == self.config.steps and evaluated["step"] != self.step:
+            self._evaluate(metrics)
+        if saved != self.step:
+            self._save(metrics)
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step: `accumulate` forward and backward passes, clipping, update.
+
+        Returns:
+            The step's record for `metrics.jsonl`.
+
+        Raises:
+            DivergedError: The loss or the gradient is not finite; the weights are as before.
+        """
+        config = self.config
+        started = time.perf_counter()
+        multiplier = lr_multiplier(
+            self.step,
+            steps=config.steps,
+            warmup=config.warmup,
+            min_ratio=config.min_lr_ratio,
+        )
+        set_learning_rates(self.optimizer, config, multiplier)
+        loss = self._accumulate_gradients()
+        norm = self._clip_gradients()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergedError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; "
+                "lower --lr or --lr-rest, or set --clip 1"
+            )
+        before_update = time.perf_counter()
+        self.optimizer.step()
+        optimizer_seconds = time.perf_counter() - before_update
+        if not self._memory_counted:
+            self._count_memory()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": config.lr * multiplier,
+            "lr_rest": config.lr_rest * multiplier,
+            "gradient_norm": norm,
+            "tokens": self.step * config.tokens_per_step,
+            "tokens_per_second": config.tokens_per_step / seconds,
+            "step_seconds": seconds,
+            "optimizer_seconds": optimizer_seconds,
+            "memory_bytes": resident_bytes(),
+        }
+
+    def _accumulate_gradients(self) -> float:
+        total = 0.0
+        for part in range(self.config.accumulate):
+            windows = training_batch(
+                self.data.train,
+                self.step * self.config.accumulate + part,
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+                sequence_length=self.config.sequence_length,
+            )
+            loss = token_losses(self.model, windows).mean() / self.config.accumulate
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
+
+    def _clip_gradients(self) -> float:
+        if self.config.clip > 0:
+            parameters = self.model.parameters()
+            return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _evaluate(self, metrics: MetricsWriter) -> dict[str, Any]:
+        started = time.perf_counter()
+        found = evaluate(
+            self.model,
+            self.data.validation,
+            sequence_length=self.config.sequence_length,
+            batch_size=self.config.batch_size,
+            batches=self.config.eval_batches,
+        )
+        record = {
+            "step": self.step,
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "tokens": found.tokens,
+            "windows": found.windows,
+            "seconds": time.perf_counter() - started,
+        }
+        metrics.write(EVALUATION, **record)
+        tqdm.write(
+            f"step {self.step}: validation loss {found.loss:.4f} "
+            f"(perplexity {found.perplexity:.2f}, {found.tokens} tokens)"
+        )
+        return record
+
+    def _save(self, metrics: MetricsWriter) -> None:
+        metrics.sync()
+        save_checkpoint(
+            self.folder / "checkpoints",
+            self.model,
+            self.optimizer,
+            {"step": self.step, "data_digest": self.data.digest},
+            self.options.keep,
+        )
+
+    def _count_memory(self) -> None:
+        from gradpress import memory
+
+        count = memory.count(self.model, self.optimizer)
+        write_json(self.folder / "memory.json", count.to_dict())
+        write_atomically(self.folder / "memory.txt", f"{count}\n".encode())
+        self._memory_counted = True
+
+    def _finish(self) -> None:
+        export_model(self.model, self.config, self.folder / "tokenizer.json", self.folder / "model")
+        records = read_metrics(self._metrics_path)
+        evaluation = last_evaluation(records)
+        write_json(
+            self.folder / "summary.json",
+            {
+                "step": self.step,
+                "validation": evaluation,
+                "median_step_seconds": median_of(records, "step_seconds"),
+                "median_optimizer_seconds": median_of(records, "optimizer_seconds"),
+                "refreshes": refresh_count(self.optimizer),
+            },
+        )
+        if self.options.plot:
+            self._plot()
+
+    def _plot(self) -> None:
+        title = f"{self.config.size}, {self.config.optimizer}"
+        plot_losses(read_metrics(self._metrics_path), self.folder / "loss.png", title)
+
+    def _outcome(self, exit_code: int) -> Outcome:
+        evaluation = last_evaluation(read_metrics(self._metrics_path))
+        loss = None if evaluation is None else float(evaluation["loss"])
+        return Outcome(self.folder, self.step, exit_code, loss)
+
+    def _print_start(self) -> None:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        train = self.data.description["train"]["tokens"]
+        validation = self.data.description["validation"]["tokens"]
+        print(
+            f"{parameters:,} parameters, {self.config.optimizer}; "
+            f"{train:,} training and {validation:,} validation tokens; "
+            f"{self.config.steps} steps of {self.config.tokens_per_step:,} tokens",
+            flush=True,
+        )
+
+    def _progress_bar(self) -> tqdm[Any]:
+        # disable=None: no bar where the output is a file.
+        return tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None)
+
+
+def _require_packages(options: RunOptions) -> None:
+    modules = ["transformers", "tokenizers", "safetensors.torch"]
+    for module in modules + (["matplotlib"] if options.plot else []):
+        require(module)
+
+
+def _use_threads(options: RunOptions) -> RunOptions:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return replace(options, threads=torch.get_num_threads())

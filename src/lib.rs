@@ -1,0 +1,29 @@
+//! Native core of gradpress. This file lists what Python sees, and nothing else.
+
+pub mod cpu;
+mod dispatch;
+pub mod error;
+pub mod lowrank;
+pub mod optim;
+pub mod quant;
+pub mod rng;
+mod runtime;
+pub mod tensor;
+
+use pyo3::prelude::*;
+
+/// Native core of gradpress; use it through `gradpress.ops`.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use crate::lowrank::{project, project_back_add, project_back_requantize, refresh_basis, svd};
+    #[pymodule_export]
+    use crate::optim::{adamw_direction, adamw_step, adamw8bit_direction, adamw8bit_step};
+    #[pymodule_export]
+    use crate::quant::{
+        dequantize_blockwise, dequantize_dynamic, pack_int4, quantize_blockwise, quantize_dynamic,
+        round_bf16_stochastic, unpack_int4,
+    };
+    #[pymodule_export]
+    use crate::runtime::{set_simd_level, simd_level, simd_levels, version};
+}

@@ -1,0 +1,128 @@
+//! The leading singular subspace of a matrix by random projection (Halko, Martinsson, Tropp 2011,
+//! arXiv 0909.4061), from nothing or from an earlier basis.
+
+use super::orthonormal::{
+    canonical_signs, eigen, gram, normalize_columns, orthonormalize, scale_columns,
+};
+use crate::cpu::product::{Matrix, multiply};
+use crate::cpu::threads::Threads;
+use crate::rng::{Key, fill_dithers};
+
+/// Size of the noise that stands in for directions a matrix does not have.
+const FILL: f32 = 1e-6;
+
+/// Independent, symmetric, bounded random numbers of variance one.
+fn random(key: Key, count: usize) -> Vec<f32> {
+    let mut dithers = vec![0u16; count];
+    fill_dithers(key, 0, &mut dithers);
+    let unit = 12f32.sqrt() / 65_536.0;
+    dithers.into_iter().map(|d| (f32::from(d) - 32_767.5) * unit).collect()
+}
+
+/// The product in a new matrix.
+fn product(threads: Threads, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    let mut out = vec![0f32; a.row_count() * b.column_count()];
+    multiply(threads, a, b, &mut out);
+    out
+}
+
+/// Orthonormal columns that span those of `y`; what is missing is filled with random directions.
+fn basis(threads: Threads, mut y: Vec<f32>, columns: usize, key: Key) -> Option<Vec<f32>> {
+    normalize_columns(&mut y, columns);
+    let original = y.clone();
+    if orthonormalize(threads, &mut y, columns).is_some() {
+        return Some(y);
+    }
+    let rows = original.len() / columns.max(1);
+    let scale = FILL / (rows as f32).sqrt();
+    let mut y = original;
+    for (value, noise) in y.iter_mut().zip(random(key, rows * columns)) {
+        *value += scale * noise;
+    }
+    orthonormalize(threads, &mut y, columns)?;
+    Some(y)
+}
+
+/// A basis of the leading right singular subspace, and what it was found with.
+pub struct Subspace {
+    /// Columns of the basis: rank plus oversampling.
+    pub columns: usize,
+    /// Row-major `[a.columns, columns]`, orthonormal columns.
+    pub basis: Vec<f32>,
+}
+
+/// Finds the leading right singular subspace of `a` from a random sketch.
+pub fn cold(
+    threads: Threads,
+    a: Matrix<'_>,
+    columns: usize,
+    power_iterations: usize,
+    key: Key,
+) -> Option<Subspace> {
+    let rows = a.row_count();
+    let sketch = random(key, rows * columns);
+    let z = product(threads, a.transposed(), Matrix::rows(&sketch, rows, columns));
+    let mut z = basis(threads, z, columns, key)?;
+    for _ in 0..power_iterations {
+        z = basis(threads, two_sided(threads, a, &z, columns), columns, key)?;
+    }
+    Some(Subspace { columns, basis: z })
+}
+
+/// `a^T a z`.
+fn two_sided(threads: Threads, a: Matrix<'_>, z: &[f32], columns: usize) -> Vec<f32> {
+    let y = product(threads, a, Matrix::rows(z, a.column_count(), columns));
+    product(threads, a.transposed(), Matrix::rows(&y, a.row_count(), columns))
+}
+
+/// Turns a basis to the singular directions inside it, the leading ones first.
+///
+/// Returns the squared singular values, the directions `[a.columns, columns]`, and their images
+/// `a * directions`.
+pub fn rotate(
+    threads: Threads,
+    a: Matrix<'_>,
+    subspace: &Subspace,
+) -> Option<(Vec<f64>, Vec<f32>, Vec<f32>)> {
+    let columns = subspace.columns;
+    let basis = Matrix::rows(&subspace.basis, a.column_count(), columns);
+    let image = product(threads, a, basis);
+    let (squares, rotation) = eigen(gram(threads, &image, columns).as_ref())?;
+    let rotation = Matrix::rows(&rotation, columns, columns);
+    let mut directions = product(threads, basis, rotation);
+    let mut images = product(threads, Matrix::rows(&image, a.row_count(), columns), rotation);
+    let signs = canonical_signs(&mut directions, columns);
+    scale_columns(&mut images, &signs);
+    Some((squares, directions, images))
+}
+
+/// One step of subspace iteration from an earlier basis of `columns` directions.
+///
+/// Returns the directions in decreasing order of what they capture, and an estimate from below of
+/// the squared norm that they capture: the nuclear norm of `a^T a basis`.
+pub fn warm(
+    threads: Threads,
+    a: Matrix<'_>,
+    earlier: &[f32],
+    columns: usize,
+) -> Option<(f64, Vec<f32>)> {
+    let mut z = two_sided(threads, a, earlier, columns);
+    let factor = orthonormalize(threads, &mut z, columns)?;
+    let (squares, rotation) = eigen((&factor * factor.transpose()).as_ref())?;
+    let captured = squares.iter().map(|square| square.max(0.0).sqrt()).sum();
+    let rotation = Matrix::rows(&rotation, columns, columns);
+    let mut directions = product(threads, Matrix::rows(&z, a.column_count(), columns), rotation);
+    canonical_signs(&mut directions, columns);
+    Some((captured, directions))
+}
+
+/// Left singular vectors from images `a * v`, with columns that stay orthonormal where the
+/// singular value vanishes.
+pub fn left_vectors(
+    threads: Threads,
+    images: Vec<f32>,
+    columns: usize,
+    key: Key,
+) -> Option<Vec<f32>> {
+    basis(threads, images, columns, key)
+}

@@ -1,0 +1,305 @@
+//! Fused AdamW steps over lists of tensors on the CPU.
+
+use std::cell::RefCell;
+
+use crate::cpu::threads::Threads;
+use crate::multiversion;
+use crate::quant::bfloat16::round_stochastic;
+use crate::quant::cpu::dithers_of;
+use crate::quant::dynamic::{SIGNED, UNSIGNED};
+use crate::rng::Key;
+use crate::tensor::{Floats, FloatsMut};
+
+/// Elements of one task, and of one pass over buffers that stay in the first-level cache.
+const TASK: usize = 1 << 15;
+const SPAN: usize = 1024;
+
+/// The numbers of one tensor's step.
+#[derive(Clone, Copy)]
+pub struct Step {
+    /// Learning rate over the first moment's bias correction.
+    pub step_size: f32,
+    /// One over the root of the second moment's bias correction.
+    pub root: f32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub eps: f32,
+    /// What the decay leaves of a parameter.
+    pub keep: f32,
+    /// Multiplies the gradient: sign and inverse of the gradient scale.
+    pub factor: f32,
+    /// Rounds bfloat16 parameters stochastically.
+    pub key: Option<Key>,
+}
+
+/// The two moments of a run of elements.
+pub enum Moments<'a> {
+    Codes {
+        exp_avg: &'a mut [u8],
+        exp_avg_scale: &'a mut [f32],
+        exp_avg_sq: &'a mut [u8],
+        exp_avg_sq_scale: &'a mut [f32],
+        block_size: usize,
+    },
+    Floats {
+        exp_avg: &'a mut [f32],
+        exp_avg_sq: &'a mut [f32],
+    },
+}
+
+/// What is stepped: parameters with their gradients, or gradients that become updates.
+pub enum Target<'a> {
+    Parameter(FloatsMut<'a>, Floats<'a>),
+    Direction(&'a mut [f32]),
+}
+
+/// One tensor's part in a call.
+pub struct Item<'a> {
+    pub target: Target<'a>,
+    pub moments: Moments<'a>,
+    pub step: Step,
+}
+
+struct Task<'a> {
+    first: usize,
+    item: Item<'a>,
+}
+
+impl<'a> Moments<'a> {
+    fn split_at(self, middle: usize) -> (Self, Self) {
+        match self {
+            Self::Floats { exp_avg, exp_avg_sq } => {
+                let (m, m_rest) = exp_avg.split_at_mut(middle);
+                let (v, v_rest) = exp_avg_sq.split_at_mut(middle);
+                (
+                    Self::Floats { exp_avg: m, exp_avg_sq: v },
+                    Self::Floats { exp_avg: m_rest, exp_avg_sq: v_rest },
+                )
+            }
+            Self::Codes { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, block_size } => {
+                let blocks = middle / block_size;
+                let (m, m_rest) = exp_avg.split_at_mut(middle);
+                let (v, v_rest) = exp_avg_sq.split_at_mut(middle);
+                let (ms, ms_rest) = exp_avg_scale.split_at_mut(blocks);
+                let (vs, vs_rest) = exp_avg_sq_scale.split_at_mut(blocks);
+                let part = |m, ms, v, vs| Self::Codes {
+                    exp_avg: m,
+                    exp_avg_scale: ms,
+                    exp_avg_sq: v,
+                    exp_avg_sq_scale: vs,
+                    block_size,
+                };
+                (part(m, ms, v, vs), part(m_rest, ms_rest, v_rest, vs_rest))
+            }
+        }
+    }
+}
+
+impl<'a> Target<'a> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Parameter(p, _) => p.len(),
+            Self::Direction(g) => g.len(),
+        }
+    }
+
+    fn split_at(self, middle: usize) -> (Self, Self) {
+        match self {
+            Self::Parameter(p, g) => {
+                let ((p, p_rest), (g, g_rest)) = (p.split_at(middle), g.split_at(middle));
+                (Self::Parameter(p, g), Self::Parameter(p_rest, g_rest))
+            }
+            Self::Direction(g) => {
+                let (g, rest) = g.split_at_mut(middle);
+                (Self::Direction(g), Self::Direction(rest))
+            }
+        }
+    }
+}
+
+/// Cuts an item into tasks of whole blocks.
+fn cut<'a>(mut item: Item<'a>, tasks: &mut Vec<Task<'a>>) {
+    let unit = match item.moments {
+        Moments::Codes { block_size, .. } => block_size,
+        Moments::Floats { .. } => SPAN,
+    };
+    let run = TASK.div_ceil(unit) * unit;
+    let mut first = 0;
+    while item.target.len() > run {
+        let (target, target_rest) = item.target.split_at(run);
+        let (moments, moments_rest) = item.moments.split_at(run);
+        tasks.push(Task { first, item: Item { target, moments, step: item.step } });
+        item = Item { target: target_rest, moments: moments_rest, step: item.step };
+        first += run;
+    }
+    if item.target.len() > 0 {
+        tasks.push(Task { first, item });
+    }
+}
+
+/// Steps every item; returns how many gradient elements were not finite.
+pub fn adamw(threads: Threads, items: Vec<Item<'_>>) -> i64 {
+    let elements = items.iter().map(|item| item.target.len()).sum();
+    let mut tasks = Vec::new();
+    for item in items {
+        cut(item, &mut tasks);
+    }
+    threads.map(elements, tasks, run).into_iter().sum()
+}
+
+/// Scratch of one thread.
+#[derive(Default)]
+struct Scratch {
+    grad: Vec<f32>,
+    param: Vec<f32>,
+    exp_avg: Vec<f32>,
+    exp_avg_sq: Vec<f32>,
+    dithers: Vec<u16>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+fn run(task: Task<'_>) -> i64 {
+    let Task { first, item: Item { mut target, moments, step } } = task;
+    SCRATCH.with_borrow_mut(|scratch| match moments {
+        Moments::Floats { exp_avg, exp_avg_sq } => {
+            let mut nonfinite = 0;
+            for (i, (m, v)) in exp_avg.chunks_mut(SPAN).zip(exp_avg_sq.chunks_mut(SPAN)).enumerate()
+            {
+                nonfinite += step_span(&mut target, i * SPAN, first, m, v, step, scratch);
+            }
+            nonfinite
+        }
+        Moments::Codes { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, block_size } => {
+            let mut nonfinite = 0;
+            let blocks = exp_avg
+                .chunks_mut(block_size)
+                .zip(exp_avg_scale)
+                .zip(exp_avg_sq.chunks_mut(block_size).zip(exp_avg_sq_scale));
+            for (i, ((m_codes, m_scale), (v_codes, v_scale))) in blocks.enumerate() {
+                let mut m = std::mem::take(&mut scratch.exp_avg);
+                let mut v = std::mem::take(&mut scratch.exp_avg_sq);
+                m.resize(m_codes.len(), 0.0);
+                v.resize(m_codes.len(), 0.0);
+                decode(m_codes, *m_scale, v_codes, *v_scale, &mut m, &mut v);
+                let at = i * block_size;
+                nonfinite += step_span(&mut target, at, first, &mut m, &mut v, step, scratch);
+                (*m_scale, *v_scale) = encode(&m, m_codes, &v, v_codes);
+                (scratch.exp_avg, scratch.exp_avg_sq) = (m, v);
+            }
+            nonfinite
+        }
+    })
+}
+
+#[inline(always)]
+fn decode_kernel(
+    m_codes: &[u8],
+    m_scale: f32,
+    v_codes: &[u8],
+    v_scale: f32,
+    m: &mut [f32],
+    v: &mut [f32],
+) {
+    SIGNED.decode_block(m_codes, m_scale, m);
+    UNSIGNED.decode_block(v_codes, v_scale, v);
+}
+
+#[inline(always)]
+fn encode_kernel(m: &[f32], m_codes: &mut [u8], v: &[f32], v_codes: &mut [u8]) -> (f32, f32) {
+    (SIGNED.encode_block(m, m_codes), UNSIGNED.encode_block(v, v_codes))
+}
+
+multiversion! {
+    fn decode(
+        m_codes: &[u8], m_scale: f32, v_codes: &[u8], v_scale: f32, m: &mut [f32], v: &mut [f32],
+    ) = decode_kernel
+}
+multiversion! {
+    fn encode(m: &[f32], m_codes: &mut [u8], v: &[f32], v_codes: &mut [u8]) -> (f32, f32)
+        = encode_kernel
+}
+
+/// Steps the elements of `target` from `at` on, whose moments are `m` and `v`; the target begins
+/// at element `first` of its tensor.
+fn step_span(
+    target: &mut Target<'_>,
+    at: usize,
+    first: usize,
+    m: &mut [f32],
+    v: &mut [f32],
+    step: Step,
+    scratch: &mut Scratch,
+) -> i64 {
+    let len = m.len();
+    match target {
+        Target::Direction(g) => direction(&mut g[at..at + len], m, v, step),
+        Target::Parameter(p, g) => {
+            let Scratch { grad, param, dithers, .. } = scratch;
+            grad.resize(len, 0.0);
+            g.widen(at, grad);
+            if let FloatsMut::F32(p) = p {
+                return update(&mut p[at..at + len], grad, m, v, step);
+            }
+            param.resize(len, 0.0);
+            p.widen(at, param);
+            let nonfinite = update(param, grad, m, v, step);
+            match (&mut *p, step.key) {
+                (FloatsMut::BF16(p), Some(key)) => {
+                    let dithers = dithers_of(key, first + at, len, dithers);
+                    round_stochastic(param, dithers, &mut p[at..at + len]);
+                }
+                (p, _) => p.narrow(at, param),
+            }
+            nonfinite
+        }
+    }
+}
+
+/// New moments and Adam's update, and whether the gradient is finite.
+#[inline(always)]
+fn adam(g: f32, m: f32, v: f32, step: Step) -> (f32, f32, f32, bool) {
+    let g = g * step.factor;
+    let finite = g.to_bits() & 0x7f80_0000 != 0x7f80_0000;
+    let new_m = step.beta1 * m + (1.0 - step.beta1) * g;
+    // The square of a gradient above 1e19 overflows; infinity would poison the whole block.
+    let new_v = step.beta2 * v + (1.0 - step.beta2) * g * g;
+    let new_v = if new_v < f32::MAX { new_v } else { f32::MAX };
+    let update = step.step_size * new_m / (new_v.sqrt() * step.root + step.eps);
+    (if finite { new_m } else { m }, if finite { new_v } else { v }, update, finite)
+}
+
+#[inline(always)]
+fn update_kernel(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: Step) -> i64 {
+    let mut nonfinite = 0i32;
+    for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+        let (new_m, new_v, update, finite) = adam(g, *m, *v, step);
+        let new_p = *p * step.keep - update;
+        *p = if finite { new_p } else { *p };
+        (*m, *v) = (new_m, new_v);
+        nonfinite += i32::from(!finite);
+    }
+    i64::from(nonfinite)
+}
+
+#[inline(always)]
+fn direction_kernel(g: &mut [f32], m: &mut [f32], v: &mut [f32], step: Step) -> i64 {
+    let mut nonfinite = 0i32;
+    for ((g, m), v) in g.iter_mut().zip(m).zip(v) {
+        let (new_m, new_v, update, finite) = adam(*g, *m, *v, step);
+        *g = if finite { -update } else { 0.0 };
+        (*m, *v) = (new_m, new_v);
+        nonfinite += i32::from(!finite);
+    }
+    i64::from(nonfinite)
+}
+
+multiversion! {
+    fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: Step) -> i64
+        = update_kernel
+}
+multiversion! {
+    fn direction(g: &mut [f32], m: &mut [f32], v: &mut [f32], step: Step) -> i64 = direction_kernel
+}

@@ -1,0 +1,170 @@
+//! Counter-based random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011).
+//!
+//! # Dithers
+//! A stochastic rounding decision is a pure function of (seed, stream, tensor id, step, element's
+//! index), so it does not depend on threads, vector width, device, or sharding. The index `e` of
+//! an element in its contiguous tensor is split as
+//!
+//! ```text
+//! block = e / 256    lane = e % 32    half = (e % 256) / 32        (0 <= half < 8)
+//! words = philox4x32(key, [low(32 * block + lane), high(32 * block + lane), tensor id, step])
+//! dither = half-word `half` of the four words, the low half of a word first
+//! ```
+//!
+//! One call serves eight elements with 16 bits each, and neighbouring lanes hold neighbouring
+//! elements, so that vector code needs no transpose and a warp no shared memory. 16 bits let a
+//! value move that lies only 1/131072 of a step off its grid; 8 bits would freeze small updates.
+
+use crate::multiversion;
+
+const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+const ROUNDS: usize = 10;
+
+/// Elements that share a block of dithers.
+pub const DITHER_BLOCK: usize = 256;
+const LANES: usize = 32;
+
+/// What random numbers are for; each use has its own stream, so that none repeats another's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Stream {
+    /// Rounding by the functional quantizer and of quantized weights.
+    Quantize = 0,
+    /// Rounding of bfloat16 values.
+    Bfloat16 = 1,
+    /// Gaussian test matrices of the randomized range finder.
+    Sketch = 2,
+}
+
+/// Everything a random number depends on, besides the element's index.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    key: [u32; 2],
+    tensor_id: u32,
+    step: u32,
+}
+
+impl Key {
+    pub fn new(seed: u64, stream: Stream, tensor_id: u32, step: u32) -> Self {
+        // An odd multiplier keeps the map from seeds to keys one-to-one within a stream.
+        let mixed = seed ^ (stream as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        Self { key: [mixed as u32, (mixed >> 32) as u32], tensor_id, step }
+    }
+
+    /// The four words at `counter`.
+    pub fn words(self, counter: u64) -> [u32; 4] {
+        philox4x32([counter as u32, (counter >> 32) as u32, self.tensor_id, self.step], self.key)
+    }
+}
+
+/// Philox4x32-10 of one counter.
+pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let (mut c, mut k) = (counter, key);
+    for _ in 0..ROUNDS {
+        let p0 = u64::from(MULTIPLIER[0]) * u64::from(c[0]);
+        let p1 = u64::from(MULTIPLIER[1]) * u64::from(c[2]);
+        c = [
+            (p1 >> 32) as u32 ^ c[1] ^ k[0],
+            p1 as u32,
+            (p0 >> 32) as u32 ^ c[3] ^ k[1],
+            p0 as u32,
+        ];
+        k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
+    }
+    c
+}
+
+/// Philox of `N` consecutive counters from `counter`, as four arrays of words.
+///
+/// `counter` is a multiple of `N`, a power of two, so that the low word never carries.
+#[inline(always)]
+fn philox_lanes<const N: usize>(counter: u64, key: Key) -> [[u32; N]; 4] {
+    let mut c = [[0; N], [(counter >> 32) as u32; N], [key.tensor_id; N], [key.step; N]];
+    for (lane, word) in c[0].iter_mut().enumerate() {
+        *word = counter as u32 + lane as u32;
+    }
+    let mut k = key.key;
+    for _ in 0..ROUNDS {
+        let mut next = [[0u32; N]; 4];
+        for lane in 0..N {
+            let p0 = u64::from(MULTIPLIER[0]) * u64::from(c[0][lane]);
+            let p1 = u64::from(MULTIPLIER[1]) * u64::from(c[2][lane]);
+            next[0][lane] = (p1 >> 32) as u32 ^ c[1][lane] ^ k[0];
+            next[1][lane] = p1 as u32;
+            next[2][lane] = (p0 >> 32) as u32 ^ c[3][lane] ^ k[1];
+            next[3][lane] = p0 as u32;
+        }
+        c = next;
+        k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
+    }
+    c
+}
+
+#[inline(always)]
+fn dithers_kernel(key: Key, first_block: u64, dithers: &mut [u16]) {
+    const STEP: usize = 16;
+    for (block, out) in dithers.chunks_mut(DITHER_BLOCK).enumerate() {
+        let mut whole = [0u16; DITHER_BLOCK];
+        let counter = (first_block + block as u64) * LANES as u64;
+        for base in (0..LANES).step_by(STEP) {
+            let words = philox_lanes::<STEP>(counter + base as u64, key);
+            for (w, word) in words.iter().enumerate() {
+                for lane in 0..STEP {
+                    whole[2 * w * LANES + base + lane] = word[lane] as u16;
+                    whole[(2 * w + 1) * LANES + base + lane] = (word[lane] >> 16) as u16;
+                }
+            }
+        }
+        out.copy_from_slice(&whole[..out.len()]);
+    }
+}
+
+multiversion! {
+    /// Fills `dithers` with those of the elements from `256 * first_block` on.
+    pub fn fill_dithers(key: Key, first_block: u64, dithers: &mut [u16]) = dithers_kernel
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Known answers published with Random123 (`philox4x32 10`).
+    #[test]
+    fn known_answers() {
+        let cases = [
+            ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
+            ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
+            (
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+                [0xa409_3822, 0x299f_31d0],
+                [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+            ),
+        ];
+        for (counter, key, want) in cases {
+            assert_eq!(philox4x32(counter, key), want);
+        }
+    }
+
+    #[test]
+    fn dithers_follow_the_documented_layout_beyond_32_bits() {
+        let key = Key::new(7, Stream::Quantize, 3, 5);
+        for first_block in [0, 1, (1 << 27) - 1, 1 << 27, 1 << 40] {
+            let mut dithers = [0u16; 600];
+            fill_dithers(key, first_block, &mut dithers);
+            for (i, &dither) in dithers.iter().enumerate() {
+                let (block, rest) = (first_block + i as u64 / 256, i % 256);
+                let words = key.words(block * 32 + (rest % 32) as u64);
+                let (half, word) = (rest / 32 % 2, words[rest / 64]);
+                assert_eq!(dither, (word >> (16 * half)) as u16, "block {first_block}, {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn streams_differ() {
+        let words = |s| Key::new(1, s, 0, 0).words(0);
+        assert_ne!(words(Stream::Quantize), words(Stream::Bfloat16));
+        assert_ne!(words(Stream::Quantize), words(Stream::Sketch));
+    }
+}

@@ -1,0 +1,150 @@
+"""The fused AdamW steps against float64 and against PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradpress.ops import optim as kernels
+from gradpress.ops import runtime
+
+HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+FULL = {**HYPER, "weight_decay": 0.1}
+
+
+def eight_bit(shape):
+    blocks = -(-int(np.prod(shape)) // 256)
+    return [
+        torch.full(shape, 127, dtype=torch.uint8),
+        torch.zeros(blocks),
+        torch.zeros(shape, dtype=torch.uint8),
+        torch.zeros(blocks),
+    ]
+
+
+def reference(p, grads):
+    p, m, v = p.double().numpy().copy(), 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        g = g.double().numpy()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        update = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        p = p * (1 - 1e-2 * 0.1) - 1e-2 * update
+    return p
+
+
+@given(
+    count=st.sampled_from([0, 1, 255, 257, 1025]) | st.integers(1, 3000),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+def test_adamw_step_against_float64(count, dtype, scale):
+    g = torch.Generator().manual_seed(count)
+    scale = 1.0 if dtype == torch.float16 else scale
+    grads = [(torch.randn(count, generator=g) * scale).to(dtype) for _ in range(10)]
+    start = torch.randn(count, generator=g)
+    p, m, v = start.clone(), torch.zeros(count), torch.zeros(count)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    for t, grad in enumerate(grads, 1):
+        kernels.adamw_step(
+            [p], [grad], [m], [v], steps=[t], tensor_ids=[0], nonfinite=nonfinite, **FULL
+        )
+    # Ten steps of 1e-2, float32 rounding in each.
+    np.testing.assert_allclose(p.numpy(), reference(start, grads), rtol=1e-5, atol=1e-6)
+    assert nonfinite.item() == 0
+
+
+def test_eight_bit_moments_stay_close_and_directions_agree():
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randn(5000, generator=g) + 0.5 for _ in range(20)]
+    start = torch.randn(5000, generator=g)
+    p, states, nonfinite = start.clone(), eight_bit((5000,)), torch.zeros(1, dtype=torch.int64)
+    other = eight_bit((5000,))
+    q = start.clone()
+    for t, grad in enumerate(grads, 1):
+        lists = [[s] for s in states]
+        kernels.adamw8bit_step(
+            [p], [grad], *lists, steps=[t], tensor_ids=[0], nonfinite=nonfinite, **FULL
+        )
+        update = grad.clone()
+        kernels.adamw8bit_direction(
+            [update], *([s] for s in other), steps=[t], nonfinite=nonfinite, **HYPER
+        )
+        q = q * (1 - 1e-3) + update
+    # Moments are off by the map's spacing, 1 to 6 per cent of a step each.
+    error = np.abs(p.numpy() - reference(start, grads))
+    assert error.mean() < 0.02 * 20 * 1e-2
+    torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    update, m, v = grads[0].clone(), torch.zeros(5000), torch.zeros(5000)
+    kernels.adamw_direction([update], [m], [v], steps=[1], nonfinite=nonfinite, **HYPER)
+    torch.testing.assert_close(update, -1e-2 * grads[0].sign(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_levels_threads_and_lists(dtype, restore_level, restore_threads):
+    results = []
+    for level in runtime.simd_levels():
+        for threads, together in ((1, True), (2, True), (4, False)):
+            runtime.set_simd_level(level)
+            torch.set_num_threads(threads)
+            g = torch.Generator().manual_seed(0)
+            shapes = [(301, 333), (7,), (256, 256)]
+            params = [torch.randn(s, generator=g).to(dtype) for s in shapes]
+            grads = [torch.randn(s, generator=g) for s in shapes]
+            states = [list(x) for x in zip(*(eight_bit(s) for s in shapes), strict=True)]
+            counter = torch.zeros(1, dtype=torch.int64)
+            for t in (1, 2, 3):
+                parts = [slice(None)] if together else [slice(i, i + 1) for i in range(3)]
+                for part in parts:
+                    count = len(params[part])
+                    kernels.adamw8bit_step(
+                        params[part], grads[part], *(s[part] for s in states),
+                        steps=[t] * count, tensor_ids=[0, 1, 2][part], nonfinite=counter, **FULL,
+                    )  # fmt: skip
+            results.append([*params, *(t for s in states for t in s)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nonfinite_elements_are_left_alone():
+    g = torch.Generator().manual_seed(0)
+    p, grad = torch.randn(600, generator=g), torch.randn(600, generator=g)
+    clean, m, v = p.clone(), torch.zeros(600), torch.zeros(600)
+    counter = torch.zeros(1, dtype=torch.int64)
+    kernels.adamw_step(
+        [clean], [grad], [m], [v], steps=[1], tensor_ids=[0], nonfinite=counter, **FULL
+    )
+    grad[[3, 300]] = torch.tensor([float("nan"), -float("inf")])
+    hit, m, v = p.clone(), torch.zeros(600), torch.zeros(600)
+    kernels.adamw_step(
+        [hit], [grad], [m], [v], steps=[1], tensor_ids=[0], nonfinite=counter, **FULL
+    )
+    assert counter.item() == 2
+    assert torch.equal(hit[[3, 300]], p[[3, 300]])
+    assert not m[[3, 300]].any()
+    keep = torch.isfinite(grad)
+    assert torch.equal(hit[keep], clean[keep])
+    huge = torch.full((300,), 3e38)
+    states = eight_bit((300,))
+    q = torch.zeros(300)
+    kernels.adamw8bit_step(
+        [q], [huge], *([s] for s in states), steps=[1], tensor_ids=[0], nonfinite=counter, **FULL
+    )
+    assert torch.isfinite(q).all()
+    assert torch.isfinite(states[3]).all()
+
+
+def test_arguments_are_checked_before_anything_is_written():
+    p, m, v = torch.ones(4), torch.zeros(4), torch.zeros(4)
+    common = {"steps": [1], "tensor_ids": [0], "nonfinite": torch.zeros(1, dtype=torch.int64)}
+    with pytest.raises(
+        ValueError, match=r"adamw_step: grads\[0\] must have shape \[4\], got \[5\]"
+    ):
+        kernels.adamw_step([p], [torch.ones(5)], [m], [v], **common, **FULL)
+    with pytest.raises(ValueError, match=r"adamw_step: beta1 must be in \[0, 1\), got 1"):
+        kernels.adamw_step([p], [p.clone()], [m], [v], **common, **{**FULL, "beta1": 1.0})
+    with pytest.raises(TypeError, match=r"exp_avg\[0\] must have dtype float32, got float16"):
+        kernels.adamw_step([p], [p.clone()], [m.half()], [v], **common, **FULL)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        kernels.adamw_step([p], [p.clone()], [m], [v], **{**common, "steps": [0]}, **FULL)
+    assert (p == 1).all()
