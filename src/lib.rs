@@ -18,7 +18,9 @@ mod _core {
     #[pymodule_export]
     use crate::lowrank::{project, project_back_add, project_back_requantize, refresh_basis, svd};
     #[pymodule_export]
-    use crate::optim::{adamw_direction, adamw_step, adamw8bit_direction, adamw8bit_step};
+    use crate::optim::{
+        adamw_blockwise_direction, adamw_blockwise_step, adamw_direction, adamw_step,
+    };
     #[pymodule_export]
     use crate::quant::{
         dequantize_blockwise, dequantize_dynamic, pack_int4, quantize_blockwise, quantize_dynamic,

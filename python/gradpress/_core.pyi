@@ -2,13 +2,12 @@
 Native core of gradpress; use it through `gradpress.ops`.
 """
 
+from _typeshed import SupportsGetItem
 from typing import Any, SupportsFloat, SupportsIndex
 
-from _typeshed import SupportsGetItem
-
 __all__ = [
-    "adamw8bit_direction",
-    "adamw8bit_step",
+    "adamw_blockwise_direction",
+    "adamw_blockwise_step",
     "adamw_direction",
     "adamw_step",
     "dequantize_blockwise",
@@ -29,7 +28,7 @@ __all__ = [
     "version",
 ]
 
-def adamw8bit_direction(
+def adamw_blockwise_direction(
     grads: SupportsGetItem[int, Any],
     exp_avg_codes: SupportsGetItem[int, Any],
     exp_avg_scale: SupportsGetItem[int, Any],
@@ -43,13 +42,14 @@ def adamw8bit_direction(
     eps: SupportsFloat | SupportsIndex,
     maximize: bool,
     grad_scale: SupportsFloat | SupportsIndex,
+    bits: SupportsIndex,
     block_size: SupportsIndex,
 ) -> None:
     """
     Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
     """
 
-def adamw8bit_step(
+def adamw_blockwise_step(
     params: SupportsGetItem[int, Any],
     grads: SupportsGetItem[int, Any],
     exp_avg_codes: SupportsGetItem[int, Any],
@@ -68,10 +68,11 @@ def adamw8bit_step(
     grad_scale: SupportsFloat | SupportsIndex,
     stochastic_rounding: bool,
     seed: SupportsIndex,
+    bits: SupportsIndex,
     block_size: SupportsIndex,
 ) -> None:
     """
-    Steps parameters in place by AdamW with 8-bit moments.
+    Steps parameters in place by AdamW with moments of 8 or 4 bits.
 
     Elements whose gradient is not finite keep parameter and moments, and are added to `nonfinite`.
     """
@@ -90,7 +91,7 @@ def adamw_direction(
     grad_scale: SupportsFloat | SupportsIndex,
 ) -> None:
     """
-    `adamw8bit_direction` with float32 moments.
+    `adamw_blockwise_direction` with float32 moments.
     """
 
 def adamw_step(
@@ -112,7 +113,7 @@ def adamw_step(
     seed: SupportsIndex,
 ) -> None:
     """
-    Steps parameters in place by AdamW with float32 moments; see `adamw8bit_step`.
+    Steps parameters in place by AdamW with float32 moments; see `adamw_blockwise_step`.
     """
 
 def dequantize_blockwise(
@@ -128,7 +129,7 @@ def dequantize_blockwise(
     """
 
 def dequantize_dynamic(
-    codes: Any, scale: Any, out: Any, signed: bool, block_size: SupportsIndex
+    codes: Any, scale: Any, out: Any, signed: bool, bits: SupportsIndex, block_size: SupportsIndex
 ) -> None:
     """
     Writes the values behind dynamic codes into `out`.
@@ -211,13 +212,14 @@ def quantize_blockwise(
     """
 
 def quantize_dynamic(
-    x: Any, codes: Any, scale: Any, signed: bool, block_size: SupportsIndex
+    x: Any, codes: Any, scale: Any, signed: bool, bits: SupportsIndex, block_size: SupportsIndex
 ) -> int:
     """
-    Quantizes `x` with the dynamic map of first moments (`signed`) or of second moments.
+    Quantizes `x` with the map of first moments (`signed`) or of second moments, of 8 or 4 bits.
 
-    `scale` is the largest magnitude of each block. Returns the number of values not finite, which
-    count as zero (NaN) and as the extremes of the block's finite values.
+    `scale` is the largest magnitude of each block; codes of 4 bits are packed. Returns the number
+    of values not finite, which count as zero (NaN) and as the extremes of the block's finite
+    values.
     """
 
 def refresh_basis(

@@ -81,8 +81,8 @@ fn project_tile(tile: ProjectionTile<'_>) {
     let count = range.len();
     match side {
         Side::Right => {
-            let mut values = vec![0f32; count * columns];
-            let grad = rows_of(grad, range.start * columns, &mut values);
+            let mut buffer = Vec::new();
+            let grad = grad.values(range.start * columns, count * columns, &mut buffer);
             multiply_tile(
                 Matrix::rows(grad, count, columns),
                 Matrix::rows(basis, columns, rank),
@@ -104,15 +104,6 @@ fn project_tile(tile: ProjectionTile<'_>) {
             multiply_tile(grad, Matrix::rows(basis, rows, rank), out);
         }
     }
-}
-
-/// The elements from `first` on, widened into `values` only where they have to be.
-fn rows_of<'a>(grad: Floats<'a>, first: usize, values: &'a mut [f32]) -> &'a [f32] {
-    if let Floats::F32(grad) = grad {
-        return &grad[first..first + values.len()];
-    }
-    grad.widen(first, values);
-    values
 }
 
 /// The two factors of a weight's update: `left [rows, rank] * right [rank, columns]`.

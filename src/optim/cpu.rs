@@ -6,7 +6,7 @@ use crate::cpu::threads::Threads;
 use crate::multiversion;
 use crate::quant::bfloat16::round_stochastic;
 use crate::quant::cpu::dithers_of;
-use crate::quant::dynamic::{SIGNED, UNSIGNED};
+use crate::quant::dynamic::codec::Codec;
 use crate::rng::Key;
 use crate::tensor::{Floats, FloatsMut};
 
@@ -39,6 +39,7 @@ pub enum Moments<'a> {
         exp_avg_scale: &'a mut [f32],
         exp_avg_sq: &'a mut [u8],
         exp_avg_sq_scale: &'a mut [f32],
+        bits: u8,
         block_size: usize,
     },
     Floats {
@@ -76,10 +77,18 @@ impl<'a> Moments<'a> {
                     Self::Floats { exp_avg: m_rest, exp_avg_sq: v_rest },
                 )
             }
-            Self::Codes { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, block_size } => {
+            Self::Codes {
+                exp_avg,
+                exp_avg_scale,
+                exp_avg_sq,
+                exp_avg_sq_scale,
+                bits,
+                block_size,
+            } => {
                 let blocks = middle / block_size;
-                let (m, m_rest) = exp_avg.split_at_mut(middle);
-                let (v, v_rest) = exp_avg_sq.split_at_mut(middle);
+                let stored = Codec { bits, signed: true }.stored(middle);
+                let (m, m_rest) = exp_avg.split_at_mut(stored);
+                let (v, v_rest) = exp_avg_sq.split_at_mut(stored);
                 let (ms, ms_rest) = exp_avg_scale.split_at_mut(blocks);
                 let (vs, vs_rest) = exp_avg_sq_scale.split_at_mut(blocks);
                 let part = |m, ms, v, vs| Self::Codes {
@@ -87,6 +96,7 @@ impl<'a> Moments<'a> {
                     exp_avg_scale: ms,
                     exp_avg_sq: v,
                     exp_avg_sq_scale: vs,
+                    bits,
                     block_size,
                 };
                 (part(m, ms, v, vs), part(m_rest, ms_rest, v_rest, vs_rest))
@@ -155,6 +165,7 @@ struct Scratch {
     exp_avg: Vec<f32>,
     exp_avg_sq: Vec<f32>,
     dithers: Vec<u16>,
+    codes: Vec<u8>,
 }
 
 thread_local! {
@@ -172,54 +183,40 @@ fn run(task: Task<'_>) -> i64 {
             }
             nonfinite
         }
-        Moments::Codes { exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, block_size } => {
+        Moments::Codes {
+            exp_avg,
+            exp_avg_scale,
+            exp_avg_sq,
+            exp_avg_sq_scale,
+            bits,
+            block_size,
+        } => {
+            let (first_moment, second_moment) =
+                (Codec { bits, signed: true }, Codec { bits, signed: false });
+            let stored = first_moment.stored(block_size);
+            let elements = target.len();
             let mut nonfinite = 0;
             let blocks = exp_avg
-                .chunks_mut(block_size)
+                .chunks_mut(stored)
                 .zip(exp_avg_scale)
-                .zip(exp_avg_sq.chunks_mut(block_size).zip(exp_avg_sq_scale));
+                .zip(exp_avg_sq.chunks_mut(stored).zip(exp_avg_sq_scale));
             for (i, ((m_codes, m_scale), (v_codes, v_scale))) in blocks.enumerate() {
+                let at = i * block_size;
+                let count = block_size.min(elements - at);
                 let mut m = std::mem::take(&mut scratch.exp_avg);
                 let mut v = std::mem::take(&mut scratch.exp_avg_sq);
-                m.resize(m_codes.len(), 0.0);
-                v.resize(m_codes.len(), 0.0);
-                decode(m_codes, *m_scale, v_codes, *v_scale, &mut m, &mut v);
-                let at = i * block_size;
+                m.resize(count, 0.0);
+                v.resize(count, 0.0);
+                first_moment.decode(m_codes, *m_scale, &mut m, &mut scratch.codes);
+                second_moment.decode(v_codes, *v_scale, &mut v, &mut scratch.codes);
                 nonfinite += step_span(&mut target, at, first, &mut m, &mut v, step, scratch);
-                (*m_scale, *v_scale) = encode(&m, m_codes, &v, v_codes);
+                *m_scale = first_moment.encode(&m, m_codes, &mut scratch.codes);
+                *v_scale = second_moment.encode(&v, v_codes, &mut scratch.codes);
                 (scratch.exp_avg, scratch.exp_avg_sq) = (m, v);
             }
             nonfinite
         }
     })
-}
-
-#[inline(always)]
-fn decode_kernel(
-    m_codes: &[u8],
-    m_scale: f32,
-    v_codes: &[u8],
-    v_scale: f32,
-    m: &mut [f32],
-    v: &mut [f32],
-) {
-    SIGNED.decode_block(m_codes, m_scale, m);
-    UNSIGNED.decode_block(v_codes, v_scale, v);
-}
-
-#[inline(always)]
-fn encode_kernel(m: &[f32], m_codes: &mut [u8], v: &[f32], v_codes: &mut [u8]) -> (f32, f32) {
-    (SIGNED.encode_block(m, m_codes), UNSIGNED.encode_block(v, v_codes))
-}
-
-multiversion! {
-    fn decode(
-        m_codes: &[u8], m_scale: f32, v_codes: &[u8], v_scale: f32, m: &mut [f32], v: &mut [f32],
-    ) = decode_kernel
-}
-multiversion! {
-    fn encode(m: &[f32], m_codes: &mut [u8], v: &[f32], v_codes: &mut [u8]) -> (f32, f32)
-        = encode_kernel
 }
 
 /// Steps the elements of `target` from `at` on, whose moments are `m` and `v`; the target begins
@@ -238,8 +235,7 @@ fn step_span(
         Target::Direction(g) => direction(&mut g[at..at + len], m, v, step),
         Target::Parameter(p, g) => {
             let Scratch { grad, param, dithers, .. } = scratch;
-            grad.resize(len, 0.0);
-            g.widen(at, grad);
+            let grad = g.values(at, len, grad);
             if let FloatsMut::F32(p) = p {
                 return update(&mut p[at..at + len], grad, m, v, step);
             }

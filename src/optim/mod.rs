@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 
 use crate::dispatch::dispatch;
 use crate::error::{Error, Name, Result};
+use crate::quant::dynamic::codec::Codec;
 use crate::rng::{Key, Stream};
 use crate::tensor::{Arg, Check, DType, Floats, FloatsMut, TensorView, TensorViewMut};
 use cpu::{Item, Moments, Step, Target};
@@ -49,13 +50,13 @@ impl Hyper {
 
 /// Moments as they come from Python, one entry for each tensor.
 enum States {
-    Codes { views: [Vec<TensorViewMut>; 4], block_size: usize },
+    Codes { views: [Vec<TensorViewMut>; 4], bits: u8, block_size: usize },
     Floats { views: [Vec<TensorViewMut>; 2] },
 }
 
 impl States {
-    fn codes(check: Check, lists: [Vec<Arg>; 4], block_size: usize) -> Result<Self> {
-        check.value("block_size", block_size > 0, "at least 1", block_size)?;
+    fn codes(check: Check, lists: [Vec<Arg>; 4], bits: u8, block_size: usize) -> Result<Self> {
+        Codec::check(check, bits, block_size)?;
         let [m, ms, v, vs] = lists;
         let views = [
             check.outputs("exp_avg_codes", m)?,
@@ -63,7 +64,7 @@ impl States {
             check.outputs("exp_avg_sq_codes", v)?,
             check.outputs("exp_avg_sq_scale", vs)?,
         ];
-        Ok(Self::Codes { views, block_size })
+        Ok(Self::Codes { views, bits, block_size })
     }
 
     fn floats(check: Check, lists: [Vec<Arg>; 2]) -> Result<Self> {
@@ -86,6 +87,7 @@ impl States {
                     Self::Codes { block_size, .. } if name.ends_with("scale") => {
                         (DType::F32, vec![target.numel().div_ceil(*block_size)])
                     }
+                    Self::Codes { bits: 4, .. } => (DType::U8, vec![target.numel().div_ceil(2)]),
                     Self::Codes { .. } => (DType::U8, target.shape().to_vec()),
                     Self::Floats { .. } => (DType::F32, target.shape().to_vec()),
                 };
@@ -107,7 +109,7 @@ impl States {
     /// The views passed [`States::check`], lie on the CPU, and nothing else refers to their memory.
     unsafe fn moments(&mut self) -> Vec<Moments<'_>> {
         match self {
-            Self::Codes { views: [m, ms, v, vs], block_size } => m
+            Self::Codes { views: [m, ms, v, vs], bits, block_size } => m
                 .iter_mut()
                 .zip(ms)
                 .zip(v.iter_mut().zip(vs))
@@ -119,6 +121,7 @@ impl States {
                             exp_avg_scale: ms.as_mut_slice(),
                             exp_avg_sq: v.as_mut_slice(),
                             exp_avg_sq_scale: vs.as_mut_slice(),
+                            bits: *bits,
                             block_size: *block_size,
                         }
                     }
@@ -223,12 +226,12 @@ fn step(
     })
 }
 
-/// Steps parameters in place by AdamW with 8-bit moments.
+/// Steps parameters in place by AdamW with moments of 8 or 4 bits.
 ///
 /// Elements whose gradient is not finite keep parameter and moments, and are added to `nonfinite`.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
-pub fn adamw8bit_step(
+pub fn adamw_blockwise_step(
     py: Python<'_>,
     params: Vec<Arg>,
     grads: Vec<Arg>,
@@ -248,17 +251,18 @@ pub fn adamw8bit_step(
     grad_scale: f64,
     stochastic_rounding: bool,
     seed: u64,
+    bits: u8,
     block_size: usize,
 ) -> PyResult<()> {
-    let op = "adamw8bit_step";
+    let op = "adamw_blockwise_step";
     let lists = [exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale];
-    let states = States::codes(Check { op }, lists, block_size);
+    let states = States::codes(Check { op }, lists, bits, block_size);
     let seed = stochastic_rounding.then_some(seed);
     let hyper = Hyper { lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, seed };
     step(py, op, params, Some(grads), states, &steps, &tensor_ids, nonfinite, &hyper)
 }
 
-/// Steps parameters in place by AdamW with float32 moments; see `adamw8bit_step`.
+/// Steps parameters in place by AdamW with float32 moments; see `adamw_blockwise_step`.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_step(
@@ -290,7 +294,7 @@ pub fn adamw_step(
 /// Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
-pub fn adamw8bit_direction(
+pub fn adamw_blockwise_direction(
     py: Python<'_>,
     grads: Vec<Arg>,
     exp_avg_codes: Vec<Arg>,
@@ -305,18 +309,19 @@ pub fn adamw8bit_direction(
     eps: f64,
     maximize: bool,
     grad_scale: f64,
+    bits: u8,
     block_size: usize,
 ) -> PyResult<()> {
-    let op = "adamw8bit_direction";
+    let op = "adamw_blockwise_direction";
     let lists = [exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale];
-    let states = States::codes(Check { op }, lists, block_size);
+    let states = States::codes(Check { op }, lists, bits, block_size);
     let hyper =
         Hyper { lr, beta1, beta2, eps, weight_decay: 0.0, maximize, grad_scale, seed: None };
     let ids = vec![0; steps.len()];
     step(py, op, grads, None, states, &steps, &ids, nonfinite, &hyper)
 }
 
-/// `adamw8bit_direction` with float32 moments.
+/// `adamw_blockwise_direction` with float32 moments.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_direction(

@@ -1,52 +1,82 @@
-//! The dynamic 8-bit maps as operations on whole tensors.
+//! The dynamic maps of optimizer states as operations on whole tensors.
 
 use pyo3::prelude::*;
 
-use super::dynamic::map;
+use super::dynamic::codec::Codec;
 use super::grid::sanitize;
 use super::one_device;
+use crate::cpu::threads::Threads;
 use crate::dispatch::dispatch;
 use crate::error::Result;
 use crate::match_float;
 use crate::tensor::{Arg, Check, DType, Float, TensorView};
+
+/// Elements of one task.
+const TASK: usize = 1 << 15;
 
 fn check_blocks(
     check: Check,
     codes: &TensorView,
     scale: &TensorView,
     values: &TensorView,
+    codec: Codec,
     block_size: usize,
 ) -> Result<()> {
-    check.value("block_size", block_size > 0, "at least 1", block_size)?;
+    Codec::check(check, codec.bits, block_size)?;
     check.dtype("codes", codes, DType::U8)?;
-    check.shape("codes", codes, values.shape())?;
+    if codec.bits == 8 {
+        check.shape("codes", codes, values.shape())?;
+    } else {
+        check.shape("codes", codes, &[codec.stored(values.numel())])?;
+    }
     check.dtype("scale", scale, DType::F32)?;
     check.shape("scale", scale, &[values.numel().div_ceil(block_size)])
 }
 
-fn encode<T: Float>(
+/// Encodes a run of whole blocks; returns the number of values not finite.
+fn encode_run<T: Float>(
     x: &[T],
     codes: &mut [u8],
     scale: &mut [f32],
-    signed: bool,
+    codec: Codec,
     block_size: usize,
 ) -> usize {
-    let map = map(signed);
-    let mut values = Vec::new();
-    let mut replaced = 0;
-    for ((x, codes), scale) in x.chunks(block_size).zip(codes.chunks_mut(block_size)).zip(scale) {
+    let (mut values, mut scratch, mut replaced) = (Vec::new(), Vec::new(), 0);
+    let blocks = x.chunks(block_size).zip(codes.chunks_mut(codec.stored(block_size)));
+    for ((x, codes), scale) in blocks.zip(scale) {
         values.resize(x.len(), 0.0);
         T::widen(x, &mut values);
-        replaced += sanitize(&mut values);
-        *scale = map.encode_block(&values, codes);
+        if !values.iter().fold(true, |finite, value| finite & value.is_finite()) {
+            replaced += sanitize(&mut values);
+        }
+        *scale = codec.encode(&values, codes, &mut scratch);
     }
     replaced
 }
 
-/// Quantizes `x` with the dynamic map of first moments (`signed`) or of second moments.
+fn encode<T: Float>(
+    threads: Threads,
+    x: &[T],
+    codes: &mut [u8],
+    scale: &mut [f32],
+    codec: Codec,
+    block_size: usize,
+) -> usize {
+    let blocks = (TASK / block_size).max(1);
+    let run = blocks * block_size;
+    let tasks = x.chunks(run).zip(codes.chunks_mut(codec.stored(run)));
+    let tasks: Vec<_> = tasks.zip(scale.chunks_mut(blocks)).collect();
+    threads
+        .map(x.len(), tasks, |((x, codes), scale)| encode_run(x, codes, scale, codec, block_size))
+        .into_iter()
+        .sum()
+}
+
+/// Quantizes `x` with the map of first moments (`signed`) or of second moments, of 8 or 4 bits.
 ///
-/// `scale` is the largest magnitude of each block. Returns the number of values not finite, which
-/// count as zero (NaN) and as the extremes of the block's finite values.
+/// `scale` is the largest magnitude of each block; codes of 4 bits are packed. Returns the number
+/// of values not finite, which count as zero (NaN) and as the extremes of the block's finite
+/// values.
 #[pyfunction]
 pub fn quantize_dynamic(
     py: Python<'_>,
@@ -54,23 +84,25 @@ pub fn quantize_dynamic(
     codes: Arg,
     scale: Arg,
     signed: bool,
+    bits: u8,
     block_size: usize,
 ) -> PyResult<usize> {
     const OP: &str = "quantize_dynamic";
     let check = Check { op: OP };
+    let codec = Codec { bits, signed };
     let x = check.input("x", x)?;
     let (mut codes, mut scale) = (check.output("codes", codes)?, check.output("scale", scale)?);
     check.float("x", &x)?;
     check.contiguous("x", &x)?;
-    check_blocks(check, &codes, &scale, &x, block_size)?;
+    check_blocks(check, &codes, &scale, &x, codec, block_size)?;
     let written = [("codes".into(), &codes), ("scale".into(), &scale)];
     let device = one_device(check, &written, &[("x".into(), &x)])?;
-    dispatch(py, OP, device, |_| {
+    dispatch(py, OP, device, |threads| {
         // SAFETY: contiguous, on the CPU, of these dtypes, and disjoint: checked above.
         let (codes, scale) = unsafe { (codes.as_mut_slice(), scale.as_mut_slice()) };
         match_float!(x, OP, |T| {
             // SAFETY: contiguous, on the CPU, of dtype T; no output overlaps it.
-            Ok(encode(unsafe { x.as_slice::<T>() }, codes, scale, signed, block_size))
+            Ok(encode(threads, unsafe { x.as_slice::<T>() }, codes, scale, codec, block_size))
         })
     })
 }
@@ -83,26 +115,36 @@ pub fn dequantize_dynamic(
     scale: Arg,
     out: Arg,
     signed: bool,
+    bits: u8,
     block_size: usize,
 ) -> PyResult<()> {
     const OP: &str = "dequantize_dynamic";
     let check = Check { op: OP };
+    let codec = Codec { bits, signed };
     let (codes, scale) = (check.input("codes", codes)?, check.input("scale", scale)?);
     let mut out = check.output("out", out)?;
     check.dtype("out", &out, DType::F32)?;
-    check_blocks(check, &codes, &scale, &out, block_size)?;
+    check_blocks(check, &codes, &scale, &out, codec, block_size)?;
     check.contiguous("codes", &codes)?;
     check.contiguous("scale", &scale)?;
     let read = [("codes".into(), &codes), ("scale".into(), &scale)];
     let device = one_device(check, &[("out".into(), &out)], &read)?;
-    dispatch(py, OP, device, |_| {
+    dispatch(py, OP, device, |threads| {
         // SAFETY: contiguous, on the CPU, of these dtypes, and disjoint: checked above.
         let (codes, scale, out) =
             unsafe { (codes.as_slice::<u8>(), scale.as_slice::<f32>(), out.as_mut_slice::<f32>()) };
-        let blocks = codes.chunks(block_size).zip(out.chunks_mut(block_size)).zip(scale);
-        for ((codes, out), &scale) in blocks {
-            map(signed).decode_block(codes, scale, out);
-        }
+        let blocks = (TASK / block_size).max(1);
+        let run = blocks * block_size;
+        let elements = out.len();
+        let tasks = codes.chunks(codec.stored(run)).zip(out.chunks_mut(run));
+        let tasks: Vec<_> = tasks.zip(scale.chunks(blocks)).collect();
+        threads.for_each(elements, tasks, |((codes, out), scale)| {
+            let mut scratch = Vec::new();
+            let blocks = codes.chunks(codec.stored(block_size)).zip(out.chunks_mut(block_size));
+            for ((codes, out), &scale) in blocks.zip(scale) {
+                codec.decode(codes, scale, out, &mut scratch);
+            }
+        });
         Ok(())
     })
 }

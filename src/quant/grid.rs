@@ -6,9 +6,10 @@ use crate::tensor::Check;
 /// Adding and subtracting 1.5 * 2^23 rounds a float below 2^22 to the nearest even integer, which
 /// then stands in the low bits. Unlike a conversion it is one addition on every processor.
 const MAGIC: f32 = 12_582_912.0;
-/// A value this close to a grid point, relative to its distance from zero in steps, is on it:
-/// what dequantizing, deriving the scale again and dividing lose together is below 6 * 2^-24.
-const ON_GRID: f32 = 1.0 / 2_097_152.0;
+/// The magnitude, in 65536ths of a step, over 2^21 is how far off its grid a value may be by
+/// rounding alone: what dequantizing, deriving the scale again and dividing lose together is below
+/// 6 * 2^-24 of it.
+const ON_GRID_SHIFT: u32 = 21;
 const DITHER_STEPS: f32 = 65_536.0;
 
 /// How codes are laid out and rounded.
@@ -57,28 +58,20 @@ pub struct Range {
     pub finite: bool,
 }
 
-/// Orders floats as integers: NaNs of either sign lie beyond the infinities.
-#[inline(always)]
-fn order(x: f32) -> i32 {
-    let bits = x.to_bits() as i32;
-    bits ^ ((bits >> 31) & i32::MAX)
-}
-
-#[inline(always)]
-fn unorder(key: i32) -> f32 {
-    f32::from_bits((key ^ ((key >> 31) & i32::MAX)) as u32)
-}
-
 impl Range {
+    /// Compares bit patterns, which is two operations a value and lets no NaN slip through: as a
+    /// signed integer a pattern grows with a positive value, as an unsigned one with a negative
+    /// value's distance from zero, and NaNs of either sign lie beyond the infinities.
     #[inline(always)]
     pub fn of(x: &[f32]) -> Self {
-        let (mut low, mut high) = (0, 0);
+        let (mut highest, mut lowest) = (0i32, 0u32);
         for &value in x {
-            let key = order(value);
-            low = low.min(key);
-            high = high.max(key);
+            highest = highest.max(value.to_bits() as i32);
+            lowest = lowest.max(value.to_bits());
         }
-        let (low, high) = (unorder(low), unorder(high));
+        let high = f32::from_bits(highest as u32);
+        // Without a negative value the largest pattern is that of a positive one.
+        let low = if lowest >> 31 == 1 { f32::from_bits(lowest) } else { 0.0 };
         Self { low, high, finite: low.is_finite() && high.is_finite() }
     }
 }
@@ -118,22 +111,27 @@ pub fn round_nearest(x: &[f32], grid: Grid, format: Format, codes: &mut [u8]) {
     let (low, high) = format.limits();
     let inverse = 1.0 / grid.scale;
     for (&value, code) in x.iter().zip(codes) {
-        *code = (nearest(value * inverse) + grid.zero_point).clamp(low, high) as u8;
+        *code = (nearest(value * inverse) + grid.zero_point).max(low).min(high) as u8;
     }
 }
 
 /// Rounds finite `x` onto `grid` up or down, up with the probability that keeps the mean.
+///
+/// A value counts in 65536ths of a step; the dither is added and the fraction dropped. Dividing by
+/// a rounded scale leaves a value that lies on the grid a little off it, so dithers keep that far
+/// away from both ends: such a value is never moved.
 #[inline(always)]
 pub fn round_stochastic(x: &[f32], dithers: &[u16], grid: Grid, format: Format, codes: &mut [u8]) {
     let (low, high) = format.limits();
     let inverse = 1.0 / grid.scale;
     for ((&value, &dither), code) in x.iter().zip(dithers).zip(codes) {
-        let steps = value * inverse;
-        let whole = (steps + MAGIC) - MAGIC;
-        let rest = steps - whole;
-        let rest = if rest.abs() <= steps.abs() * ON_GRID { 0.0 } else { rest };
-        let up = (nearest(rest * DITHER_STEPS) + i32::from(dither)) >> 16;
-        *code = (nearest(steps) + up + grid.zero_point).clamp(low, high) as u8;
+        let parts = value * inverse * DITHER_STEPS;
+        // SAFETY: a finite value on a grid that covers it lies within 255 steps of zero.
+        let parts = unsafe { parts.round_ties_even().to_int_unchecked::<i32>() };
+        let slack = parts.abs() >> ON_GRID_SHIFT;
+        let dither = i32::from(dither).max(slack).min(0xffff - slack);
+        let steps = (parts + dither) >> 16;
+        *code = (steps + grid.zero_point).max(low).min(high) as u8;
     }
 }
 

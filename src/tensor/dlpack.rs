@@ -147,10 +147,6 @@ type Borrow = Result<TensorView, String>;
 fn from_torch(object: Borrowed<'_, '_, PyAny>, torch: &Torch) -> PyResult<Borrow> {
     let py = object.py();
     let Some(view_from_py) = torch.view_from_py else { return from_capsule(object) };
-    // The table copies neither the conjugate nor the negative bit, and would show wrong values.
-    if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
-        return Ok(Err("got a lazily negated view; call resolve_neg() first".into()));
-    }
     let mut raw = MaybeUninit::<DlTensor>::uninit();
     // SAFETY: `object` is a live torch.Tensor and `raw` is writable.
     if unsafe { view_from_py(object.as_ptr().cast(), raw.as_mut_ptr()) } != 0 {
@@ -162,7 +158,17 @@ fn from_torch(object: Borrowed<'_, '_, PyAny>, torch: &Torch) -> PyResult<Borrow
     // SAFETY: the call reported success, so it filled the structure.
     let view = describe(&unsafe { raw.assume_init() }, false, None);
     let shares_no_memory = view.as_ref().is_ok_and(|v| v.data.is_null() && v.numel() > 0);
-    Ok(if shares_no_memory { Err("got one without memory (meta or fake)".into()) } else { view })
+    if shares_no_memory {
+        return Ok(Err("got one without memory (meta or fake)".into()));
+    }
+    // The table does not tell a lazily negated view, and would show values of the wrong sign. Such
+    // a view is the imaginary part of a complex tensor, whose elements do not lie side by side, so
+    // the question, which costs more than all the rest, is spared contiguous tensors.
+    let may_be_negated = view.as_ref().is_ok_and(|v| v.numel() == 1 || !v.is_contiguous());
+    if may_be_negated && object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+        return Ok(Err("got a lazily negated view; call resolve_neg() first".into()));
+    }
+    Ok(view)
 }
 
 fn from_capsule(object: Borrowed<'_, '_, PyAny>) -> PyResult<Borrow> {

@@ -5,6 +5,8 @@ use std::fmt;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::multiversion;
+
 /// Element types that cross the border.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -135,7 +137,47 @@ macro_rules! half_float {
     };
 }
 half_float!(f16);
-half_float!(bf16);
+
+impl Float for bf16 {
+    fn to_f32(self) -> f32 {
+        Self::to_f32(self)
+    }
+    fn from_f32(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+    fn widen(src: &[Self], dst: &mut [f32]) {
+        widen_bf16(src, dst);
+    }
+    fn narrow(src: &[f32], dst: &mut [Self]) {
+        narrow_bf16(src, dst);
+    }
+}
+
+#[inline(always)]
+fn widen_bf16_kernel(src: &[bf16], dst: &mut [f32]) {
+    for (src, dst) in src.iter().zip(dst) {
+        *dst = f32::from_bits(u32::from(src.to_bits()) << 16);
+    }
+}
+
+#[inline(always)]
+fn narrow_bf16_kernel(src: &[f32], dst: &mut [bf16]) {
+    for (src, dst) in src.iter().zip(dst) {
+        let bits = src.to_bits();
+        let nearest = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
+        // A NaN stays one, whatever the bits that are dropped.
+        let quiet = (bits >> 16) | 0x40;
+        let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
+        *dst = bf16::from_bits(if is_nan { quiet } else { nearest } as u16);
+    }
+}
+
+multiversion! {
+    fn widen_bf16(src: &[bf16], dst: &mut [f32]) = widen_bf16_kernel
+}
+multiversion! {
+    fn narrow_bf16(src: &[f32], dst: &mut [bf16]) = narrow_bf16_kernel
+}
 
 /// Runs `$body` with `$T` bound to the float type of `$view`, or returns `Error::Unsupported`.
 #[macro_export]

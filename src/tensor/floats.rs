@@ -44,6 +44,19 @@ impl<'a> Floats<'a> {
         }
     }
 
+    /// `count` elements from `first` on, widened into `buffer` only where they have to be.
+    pub fn values<'b>(self, first: usize, count: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        if let Self::F32(x) = self {
+            return &x[first..first + count];
+        }
+        buffer.resize(count, 0.0);
+        self.widen(first, buffer);
+        buffer
+    }
+
     /// The elements from `first` on, as many as `out` holds, widened.
     pub fn widen(self, first: usize, out: &mut [f32]) {
         let range = first..first + out.len();

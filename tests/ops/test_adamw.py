@@ -63,11 +63,11 @@ def test_eight_bit_moments_stay_close_and_directions_agree():
     q = start.clone()
     for t, grad in enumerate(grads, 1):
         lists = [[s] for s in states]
-        kernels.adamw8bit_step(
+        kernels.adamw_blockwise_step(
             [p], [grad], *lists, steps=[t], tensor_ids=[0], nonfinite=nonfinite, **FULL
         )
         update = grad.clone()
-        kernels.adamw8bit_direction(
+        kernels.adamw_blockwise_direction(
             [update], *([s] for s in other), steps=[t], nonfinite=nonfinite, **HYPER
         )
         q = q * (1 - 1e-3) + update
@@ -97,7 +97,7 @@ def test_same_bits_for_levels_threads_and_lists(dtype, restore_level, restore_th
                 parts = [slice(None)] if together else [slice(i, i + 1) for i in range(3)]
                 for part in parts:
                     count = len(params[part])
-                    kernels.adamw8bit_step(
+                    kernels.adamw_blockwise_step(
                         params[part], grads[part], *(s[part] for s in states),
                         steps=[t] * count, tensor_ids=[0, 1, 2][part], nonfinite=counter, **FULL,
                     )  # fmt: skip
@@ -127,7 +127,7 @@ def test_nonfinite_elements_are_left_alone():
     huge = torch.full((300,), 3e38)
     states = eight_bit((300,))
     q = torch.zeros(300)
-    kernels.adamw8bit_step(
+    kernels.adamw_blockwise_step(
         [q], [huge], *([s] for s in states), steps=[1], tensor_ids=[0], nonfinite=counter, **FULL
     )
     assert torch.isfinite(q).all()

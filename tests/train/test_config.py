@@ -42,7 +42,7 @@ def test_optimizer_decides_the_weights():
         ({"optimizer": "qgalore", "rank": 257}, "--rank 257.*256"),
         ({"optimizer": "adamw", "weight_bits": 8}, "--weight-bits 8"),
         ({"optimizer": "qgalore", "weight_bits": 4}, "--weight-bits 4: choose from 8, none"),
-        ({"optimizer": "qgalore", "state_bits": 4}, "--state-bits 4"),
+        ({"optimizer": "qgalore", "state_bits": 3}, "--state-bits 3"),
         ({"projector_bits": 3}, "--projector-bits 3: choose from 4, 8, none"),
         ({"cos_threshold": 2.0}, "--cos-threshold"),
         ({"seed": -1}, "--seed -1"),

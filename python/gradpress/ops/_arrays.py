@@ -66,6 +66,10 @@ def numel(x: Array) -> int:
 
 def written(tensors: Iterable[object]) -> None:
     """Tells autograd that these were written, so that it notices stale saved values."""
-    touched = [t for t in tensors if isinstance(t, torch.Tensor) and not t.is_inference()]
-    if touched:
+    touched = list(tensors)
+    try:
         torch.autograd.graph.increment_version(touched)
+    except (RuntimeError, AttributeError):  # inference tensors keep no count, arrays neither
+        for tensor in touched:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)

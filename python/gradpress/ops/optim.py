@@ -12,7 +12,7 @@ from gradpress.ops._arrays import written
 Tensors = Sequence[torch.Tensor]
 
 
-def adamw8bit_step(
+def adamw_blockwise_step(
     params: Tensors,
     grads: Tensors,
     exp_avg_codes: Tensors,
@@ -32,16 +32,18 @@ def adamw8bit_step(
     grad_scale: float = 1.0,
     stochastic_rounding: bool = True,
     seed: int = 0,
+    bits: int = 8,
     block_size: int = 256,
 ) -> None:
-    """Steps parameters in place by AdamW with moments of 8 bits.
+    """Steps parameters in place by AdamW with moments of 8 or 4 bits.
 
     Args:
         params: float32, float16 or bfloat16, contiguous, in any mix.
         grads: As `params`, of the same shapes.
-        exp_avg_codes: uint8 of the parameters' shapes: first moments in the signed dynamic map.
+        exp_avg_codes: uint8 of the parameters' shapes, or packed ``[ceil(numel / 2)]`` for 4 bits:
+            first moments in the signed map of :func:`gradpress.ops.dynamic.quantize_dynamic`.
         exp_avg_scale: float32, one for each block of a moment.
-        exp_avg_sq_codes: uint8: second moments in the unsigned dynamic map.
+        exp_avg_sq_codes: uint8: second moments in the unsigned map.
         exp_avg_sq_scale: float32, one for each block of a moment.
         steps: How often each parameter was stepped, this time included.
         tensor_ids: Key of each parameter's random numbers.
@@ -56,13 +58,14 @@ def adamw8bit_step(
         grad_scale: Gradients are divided by it.
         stochastic_rounding: How bfloat16 parameters are rounded.
         seed: Key of the random numbers.
+        bits: 8 or 4: of the codes.
         block_size: Elements that share a scale.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument does not fit; nothing is written.
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
-    _core.adamw8bit_step(
+    _core.adamw_blockwise_step(
         params,
         grads,
         *states,
@@ -78,6 +81,7 @@ def adamw8bit_step(
         grad_scale,
         stochastic_rounding,
         seed,
+        bits,
         block_size,
     )
     written(t for tensors in (params, *states) for t in tensors)
@@ -102,7 +106,7 @@ def adamw_step(
     stochastic_rounding: bool = True,
     seed: int = 0,
 ) -> None:
-    """:func:`adamw8bit_step` with float32 moments `exp_avg` and `exp_avg_sq`."""
+    """:func:`adamw_blockwise_step` with float32 moments `exp_avg` and `exp_avg_sq`."""
     _core.adamw_step(
         params,
         grads,
@@ -124,7 +128,7 @@ def adamw_step(
     written(t for tensors in (params, exp_avg, exp_avg_sq) for t in tensors)
 
 
-def adamw8bit_direction(
+def adamw_blockwise_direction(
     grads: Tensors,
     exp_avg_codes: Tensors,
     exp_avg_scale: Tensors,
@@ -139,15 +143,16 @@ def adamw8bit_direction(
     eps: float,
     maximize: bool = False,
     grad_scale: float = 1.0,
+    bits: int = 8,
     block_size: int = 256,
 ) -> None:
     """Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
 
-    The arguments are those of :func:`adamw8bit_step`; the update is zero where the gradient is
+    The arguments are those of :func:`adamw_blockwise_step`; the update is zero where the gradient is
     not finite.
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
-    _core.adamw8bit_direction(
+    _core.adamw_blockwise_direction(
         grads,
         *states,
         steps,
@@ -158,6 +163,7 @@ def adamw8bit_direction(
         eps,
         maximize,
         grad_scale,
+        bits,
         block_size,
     )
     written(t for tensors in (grads, *states) for t in tensors)
@@ -177,7 +183,7 @@ def adamw_direction(
     maximize: bool = False,
     grad_scale: float = 1.0,
 ) -> None:
-    """:func:`adamw8bit_direction` with float32 moments."""
+    """:func:`adamw_blockwise_direction` with float32 moments."""
     _core.adamw_direction(
         grads, exp_avg, exp_avg_sq, steps, nonfinite, lr, beta1, beta2, eps, maximize, grad_scale
     )

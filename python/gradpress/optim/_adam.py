@@ -1,4 +1,4 @@
-"""Adam moments in 8 bits or 32, and the calls that step a list of tensors with them."""
+"""Adam moments in 4, 8 or 32 bits, and the calls that step a list of tensors with them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class AdamHyper(NamedTuple):
     grad_scale: float
     stochastic_rounding: bool
     seed: int
+    state_bits: int
     block_size: int
 
     @classmethod
@@ -45,23 +46,31 @@ class AdamHyper(NamedTuple):
             grad_scale=grad_scale,
             stochastic_rounding=group["stochastic_rounding"],
             seed=group["seed"],
-            block_size=group["block_size"],
+            state_bits=group["state_bits"],
+            block_size=state_block_size(group),
         )
+
+
+def state_block_size(group: dict[str, Any]) -> int:
+    """Elements of a moment that share a scale."""
+    size = group["block_size"]
+    return int(size) if size is not None else dynamic.BLOCK_SIZES.get(group["state_bits"], 256)
 
 
 def new_moments(
     state: State, shape: Sequence[int], device: torch.device, group: dict[str, Any]
 ) -> None:
-    """Adds zero moments to a state: 8-bit codes, or float32 for 32 bits and small tensors."""
-    numel = math.prod(shape)
-    if group["state_bits"] == 32 or numel < group["min_8bit_size"]:
+    """Adds zero moments to a state: codes, or float32 for 32 bits and small tensors."""
+    bits, numel = group["state_bits"], math.prod(shape)
+    if bits == 32 or numel < group["min_8bit_size"]:
         for name in FLOATS:
             state[name] = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
         return
-    blocks = -(-numel // group["block_size"])
+    blocks = -(-numel // state_block_size(group))
+    stored = dynamic.stored_shape(tuple(shape), bits)
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        zero = dynamic.zero_code(signed=signed)
-        state[f"{name}_codes"] = torch.full(tuple(shape), zero, dtype=torch.uint8, device=device)
+        zero = dynamic.zero_byte(signed=signed, bits=bits)
+        state[f"{name}_codes"] = torch.full(stored, zero, dtype=torch.uint8, device=device)
         state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=device)
 
 
@@ -82,7 +91,7 @@ class Batch(NamedTuple):
 def step_parameters(batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor) -> None:
     """Steps parameters in place: AdamW of Loshchilov and Hutter, arithmetic in float32."""
     for names, chosen in _by_precision(batch):
-        call = kernels.adamw8bit_step if names is CODES else kernels.adamw_step
+        call = kernels.adamw_blockwise_step if names is CODES else kernels.adamw_step
         call(
             chosen.targets,
             chosen.grads,
@@ -98,7 +107,7 @@ def step_parameters(batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor) -> 
 def step_directions(batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor) -> None:
     """Turns gradients (float32 `targets`) into Adam's update, minus the learning rate, in place."""
     for names, chosen in _by_precision(batch):
-        call = kernels.adamw8bit_direction if names is CODES else kernels.adamw_direction
+        call = kernels.adamw_blockwise_direction if names is CODES else kernels.adamw_direction
         call(
             chosen.targets,
             *([s[name] for s in chosen.states] for name in names),
@@ -129,4 +138,6 @@ def _shared(
         "maximize": hyper.maximize,
         "grad_scale": hyper.grad_scale,
     }
-    return {**shared, "block_size": hyper.block_size} if names is CODES else shared
+    if names is FLOATS:
+        return shared
+    return {**shared, "bits": hyper.state_bits, "block_size": hyper.block_size}

@@ -55,9 +55,10 @@ class AdamW8bit(LowBitOptimizer):
         fused: Accepted for compatibility; the kernels are always fused.
         capturable: Must be False: only CPU kernels are built in.
         differentiable: Must be False: the kernels cannot be differentiated.
-        block_size: Elements of a moment that share a scale.
+        block_size: Elements of a moment that share a scale: 256 for 8 bits, 128 for 4 when None.
         min_8bit_size: Tensors with fewer elements keep float32 moments.
-        state_bits: 8, or 32 for float32 moments throughout.
+        state_bits: 8; 4 for half the memory (Li et al. 2023, arXiv 2309.01507); or 32 for float32
+            moments throughout.
         stochastic_rounding: Round bfloat16 parameters stochastically, so that updates below half a
             step count on average; False rounds to nearest.
         weight_rounding: How quantized weights are rounded: ``"stochastic"`` or ``"nearest"``.
@@ -91,7 +92,7 @@ class AdamW8bit(LowBitOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
-        block_size: int = 256,
+        block_size: int | None = None,
         min_8bit_size: int = 4096,
         state_bits: int = 8,
         stochastic_rounding: bool = True,
@@ -121,10 +122,11 @@ class AdamW8bit(LowBitOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        if group["block_size"] < 1:
-            raise ValueError(f"Invalid block_size value: {group['block_size']}")
-        if group["state_bits"] not in (8, 32):
+        if group["state_bits"] not in (4, 8, 32):
             raise ValueError(f"Invalid state_bits value: {group['state_bits']}")
+        size = group["block_size"]
+        if size is not None and (size < 1 or (group["state_bits"] == 4 and size % 2)):
+            raise ValueError(f"Invalid block_size value: {size}")
         if group["weight_rounding"] not in ("stochastic", "nearest"):
             raise ValueError(f"Invalid weight_rounding value: {group['weight_rounding']!r}")
         if not 0 <= group["seed"] < 1 << 64:

@@ -80,7 +80,7 @@ class TrainConfig:
     projector_bits: int | None = option(
         "4, 8 or none (qgalore)", bits_or_none, default=4, allowed=(4, 8, None)
     )
-    state_bits: int = option("bits of the moments (qgalore): 8 or 32", int, default=8)
+    state_bits: int = option("bits of the moments (qgalore): 4, 8 or 32", int, default=8)
     cos_threshold: float = option(
         "mean cosine from which a refresh interval grows (qgalore)", float, default=0.4
     )
@@ -250,7 +250,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_combination(config: TrainConfig) -> None:
-    _check_choice("state_bits", config.state_bits, (8, 32))
+    _check_choice("state_bits", config.state_bits, (4, 8, 32))
     _check_choice("weight_bits", config.weight_bits, (8, None))
     if config.hidden_size % (2 * config.heads):
         raise UserError(

@@ -15,7 +15,10 @@
 //! elements, so that vector code needs no transpose and a warp no shared memory. 16 bits let a
 //! value move that lies only 1/131072 of a step off its grid; 8 bits would freeze small updates.
 
-use crate::multiversion;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::cpu::simd::{self, Level};
 
 const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -75,54 +78,39 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     c
 }
 
-/// Philox of `N` consecutive counters from `counter`, as four arrays of words.
-///
-/// `counter` is a multiple of `N`, a power of two, so that the low word never carries.
-#[inline(always)]
-fn philox_lanes<const N: usize>(counter: u64, key: Key) -> [[u32; N]; 4] {
-    let mut c = [[0; N], [(counter >> 32) as u32; N], [key.tensor_id; N], [key.step; N]];
-    for (lane, word) in c[0].iter_mut().enumerate() {
-        *word = counter as u32 + lane as u32;
-    }
-    let mut k = key.key;
-    for _ in 0..ROUNDS {
-        let mut next = [[0u32; N]; 4];
-        for lane in 0..N {
-            let p0 = u64::from(MULTIPLIER[0]) * u64::from(c[0][lane]);
-            let p1 = u64::from(MULTIPLIER[1]) * u64::from(c[2][lane]);
-            next[0][lane] = (p1 >> 32) as u32 ^ c[1][lane] ^ k[0];
-            next[1][lane] = p1 as u32;
-            next[2][lane] = (p0 >> 32) as u32 ^ c[3][lane] ^ k[1];
-            next[3][lane] = p0 as u32;
+/// One block of dithers; the reference of the vector code.
+fn block_scalar(key: Key, block: u64, out: &mut [u16; DITHER_BLOCK]) {
+    for lane in 0..LANES {
+        let words = key.words(block * LANES as u64 + lane as u64);
+        for (w, word) in words.into_iter().enumerate() {
+            out[2 * w * LANES + lane] = word as u16;
+            out[(2 * w + 1) * LANES + lane] = (word >> 16) as u16;
         }
-        c = next;
-        k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
-    }
-    c
-}
-
-#[inline(always)]
-fn dithers_kernel(key: Key, first_block: u64, dithers: &mut [u16]) {
-    const STEP: usize = 16;
-    for (block, out) in dithers.chunks_mut(DITHER_BLOCK).enumerate() {
-        let mut whole = [0u16; DITHER_BLOCK];
-        let counter = (first_block + block as u64) * LANES as u64;
-        for base in (0..LANES).step_by(STEP) {
-            let words = philox_lanes::<STEP>(counter + base as u64, key);
-            for (w, word) in words.iter().enumerate() {
-                for lane in 0..STEP {
-                    whole[2 * w * LANES + base + lane] = word[lane] as u16;
-                    whole[(2 * w + 1) * LANES + base + lane] = (word[lane] >> 16) as u16;
-                }
-            }
-        }
-        out.copy_from_slice(&whole[..out.len()]);
     }
 }
 
-multiversion! {
-    /// Fills `dithers` with those of the elements from `256 * first_block` on.
-    pub fn fill_dithers(key: Key, first_block: u64, dithers: &mut [u16]) = dithers_kernel
+/// Fills `dithers` with those of the elements from `256 * first_block` on.
+pub fn fill_dithers(key: Key, first_block: u64, dithers: &mut [u16]) {
+    let level = simd::level();
+    let fill = |block: u64, out: &mut [u16; DITHER_BLOCK]| match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level in use is available on this processor.
+        Level::Avx512 => unsafe { x86::block_avx512(key, block, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { x86::block_avx2(key, block, out) },
+        _ => block_scalar(key, block, out),
+    };
+    let (whole, rest) = dithers.as_chunks_mut::<DITHER_BLOCK>();
+    let after = first_block + whole.len() as u64;
+    for (block, out) in (first_block..).zip(whole) {
+        fill(block, out);
+    }
+    if !rest.is_empty() {
+        let mut last = [0u16; DITHER_BLOCK];
+        fill(after, &mut last);
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
 }
 
 #[cfg(test)]
@@ -149,6 +137,14 @@ mod tests {
     #[test]
     fn dithers_follow_the_documented_layout_beyond_32_bits() {
         let key = Key::new(7, Stream::Quantize, 3, 5);
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            simd::set_level(level);
+            check_layout(key);
+        }
+        simd::set_level(Level::best());
+    }
+
+    fn check_layout(key: Key) {
         for first_block in [0, 1, (1 << 27) - 1, 1 << 27, 1 << 40] {
             let mut dithers = [0u16; 600];
             fill_dithers(key, first_block, &mut dithers);
