@@ -356,7 +356,7 @@ pub fn refresh_basis(
                     &wide
                 }
             };
-            let square = grad.iter().map(|&g| f64::from(g) * f64::from(g)).sum();
+            let square = refresh::square_norm(threads, grad);
             let a = Matrix::rows(grad, rows, columns);
             let a = if Side::of(rows, columns) == Side::Right { a } else { a.transposed() };
             let key = Key::new(seed, Stream::Sketch, tensor_ids[i], steps[i]);

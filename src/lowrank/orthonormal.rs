@@ -1,7 +1,8 @@
 //! Orthonormal bases by CholeskyQR, and small symmetric eigenproblems.
 
+use faer::linalg::matmul::triangular::{BlockStructure, matmul};
 use faer::linalg::solvers::SelfAdjointEigen;
-use faer::{Mat, MatRef, Side};
+use faer::{Accum, Mat, MatRef, Par, Side};
 
 use crate::cpu::product::{Matrix, multiply};
 use crate::cpu::threads::Threads;
@@ -9,18 +10,33 @@ use crate::cpu::threads::Threads;
 /// Rows that one task sums a Gram matrix over.
 const ROWS: usize = 512;
 /// CholeskyQR passes: two suffice up to a condition of 1e7, the others mend what is worse.
-const PASSES: usize = 5;
-/// How far from the identity the Gram matrix of an orthonormal basis may be.
-const TOLERANCE: f64 = 1e-5;
+const PASSES: usize = 6;
+/// How far from the identity a Gram matrix may be for one more pass to leave rounding alone.
+const NEARLY: f64 = 1e-2;
+/// How much the columns of a basis that is only worked on further may be short of orthogonal.
+const ROUGHLY: f64 = 0.5;
 
-/// `y^T y` in float64, summed in an order that does not depend on the number of threads.
+/// `y^T y` in float64, summed in an order that does not depend on the number of threads. Only the
+/// lower triangle means something.
 pub fn gram(threads: Threads, y: &[f32], columns: usize) -> Mat<f64> {
     let rows = y.len() / columns.max(1);
     let tasks: Vec<&[f32]> = y.chunks(ROWS * columns.max(1)).collect();
     let parts = threads.map(rows * columns * columns / 64, tasks, |part| {
         let wide =
             Mat::from_fn(part.len() / columns, columns, |i, j| f64::from(part[i * columns + j]));
-        wide.transpose() * &wide
+        let mut product = Mat::zeros(columns, columns);
+        matmul(
+            product.as_mut(),
+            BlockStructure::TriangularLower,
+            Accum::Replace,
+            wide.transpose(),
+            BlockStructure::Rectangular,
+            &wide,
+            BlockStructure::Rectangular,
+            1.0,
+            Par::Seq,
+        );
+        product
     });
     let mut sum = Mat::zeros(columns, columns);
     for part in parts {
@@ -29,33 +45,47 @@ pub fn gram(threads: Threads, y: &[f32], columns: usize) -> Mat<f64> {
     sum
 }
 
-/// The largest distance of `gram` from the identity.
+/// The largest distance of a Gram matrix from the identity.
 fn deviation(gram: &Mat<f64>) -> f64 {
     let mut largest = 0f64;
     for j in 0..gram.ncols() {
-        for i in 0..gram.nrows() {
+        for i in j..gram.nrows() {
             let distance = (gram[(i, j)] - if i == j { 1.0 } else { 0.0 }).abs();
-            // A NaN must not look small.
-            largest = if distance > largest || distance.is_nan() { distance } else { largest };
-            if largest.is_nan() {
+            if distance.is_nan() {
                 return f64::INFINITY;
             }
+            largest = largest.max(distance);
         }
     }
     largest
 }
 
-/// Makes the columns of `y` (row by row, `columns` of them) orthonormal in place.
+/// How orthonormal columns have to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// To rounding.
+    Exact,
+    /// Well conditioned, for a basis that is multiplied further.
+    Rough,
+}
+
+/// Makes the columns of `y` (row by row, `columns` of them) orthonormal in place, by CholeskyQR.
 ///
 /// Returns the triangular factor `r` with `y_before = y_after * r`, or none when the columns are
 /// linearly dependent, beyond what rounding allows; `y` then means nothing.
-pub fn orthonormalize(threads: Threads, y: &mut Vec<f32>, columns: usize) -> Option<Mat<f64>> {
+pub fn orthonormalize(
+    threads: Threads,
+    y: &mut Vec<f32>,
+    columns: usize,
+    goal: Goal,
+) -> Option<Mat<f64>> {
     let rows = y.len() / columns.max(1);
     let mut factor = Mat::<f64>::identity(columns, columns);
     let mut out = vec![0f32; y.len()];
     for pass in 0..PASSES {
         let gram = gram(threads, y, columns);
-        if pass > 1 && deviation(&gram) < TOLERANCE {
+        let off = deviation(&gram);
+        if pass > 0 && goal == Goal::Rough && off < ROUGHLY {
             return Some(factor);
         }
         let lower = gram.llt(Side::Lower).ok()?.L().to_owned();
@@ -63,7 +93,7 @@ pub fn orthonormalize(threads: Threads, y: &mut Vec<f32>, columns: usize) -> Opt
         faer::linalg::triangular_solve::solve_lower_triangular_in_place(
             lower.as_ref(),
             inverse.as_mut(),
-            faer::Par::Seq,
+            Par::Seq,
         );
         let inverse: Vec<f32> =
             (0..columns * columns).map(|k| inverse[(k % columns, k / columns)] as f32).collect();
@@ -75,11 +105,26 @@ pub fn orthonormalize(threads: Threads, y: &mut Vec<f32>, columns: usize) -> Opt
         );
         std::mem::swap(y, &mut out);
         factor = lower.transpose() * factor;
+        // Rounding in the product is all that a pass over nearly orthonormal columns leaves; and
+        // a well-conditioned triangle leaves little more of any.
+        if off < NEARLY || (goal == Goal::Rough && is_well_conditioned(&lower)) {
+            return Some(factor);
+        }
     }
-    (deviation(&gram(threads, y, columns)) < TOLERANCE).then_some(factor)
+    None
 }
 
-/// Eigenvalues in decreasing order, and the eigenvectors as columns of a row-major matrix.
+/// Whether the diagonal of a Cholesky factor tells that one pass in float32 does.
+fn is_well_conditioned(lower: &Mat<f64>) -> bool {
+    let (mut smallest, mut largest) = (f64::INFINITY, 0f64);
+    for i in 0..lower.nrows() {
+        smallest = smallest.min(lower[(i, i)]);
+        largest = largest.max(lower[(i, i)]);
+    }
+    smallest > largest * 1e-2
+}
+
+/// Of a matrix given by its lower triangle: eigenvalues in decreasing order, and the eigenvectors as columns of a row-major matrix.
 pub fn eigen(symmetric: MatRef<'_, f64>) -> Option<(Vec<f64>, Vec<f32>)> {
     let n = symmetric.nrows();
     let eigen = SelfAdjointEigen::new(symmetric, Side::Lower).ok()?;

@@ -2,7 +2,7 @@
 //! arXiv 0909.4061), from nothing or from an earlier basis.
 
 use super::orthonormal::{
-    canonical_signs, eigen, gram, normalize_columns, orthonormalize, scale_columns,
+    Goal, canonical_signs, eigen, gram, normalize_columns, orthonormalize, scale_columns,
 };
 use crate::cpu::product::{Matrix, multiply};
 use crate::cpu::threads::Threads;
@@ -20,17 +20,23 @@ fn random(key: Key, count: usize) -> Vec<f32> {
 }
 
 /// The product in a new matrix.
-fn product(threads: Threads, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+pub fn product(threads: Threads, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
     let mut out = vec![0f32; a.row_count() * b.column_count()];
     multiply(threads, a, b, &mut out);
     out
 }
 
 /// Orthonormal columns that span those of `y`; what is missing is filled with random directions.
-fn basis(threads: Threads, mut y: Vec<f32>, columns: usize, key: Key) -> Option<Vec<f32>> {
+fn basis(
+    threads: Threads,
+    mut y: Vec<f32>,
+    columns: usize,
+    goal: Goal,
+    key: Key,
+) -> Option<Vec<f32>> {
     normalize_columns(&mut y, columns);
     let original = y.clone();
-    if orthonormalize(threads, &mut y, columns).is_some() {
+    if orthonormalize(threads, &mut y, columns, goal).is_some() {
         return Some(y);
     }
     let rows = original.len() / columns.max(1);
@@ -39,7 +45,7 @@ fn basis(threads: Threads, mut y: Vec<f32>, columns: usize, key: Key) -> Option<
     for (value, noise) in y.iter_mut().zip(random(key, rows * columns)) {
         *value += scale * noise;
     }
-    orthonormalize(threads, &mut y, columns)?;
+    orthonormalize(threads, &mut y, columns, goal)?;
     Some(y)
 }
 
@@ -59,19 +65,32 @@ pub fn cold(
     power_iterations: usize,
     key: Key,
 ) -> Option<Subspace> {
-    let rows = a.row_count();
-    let sketch = random(key, rows * columns);
-    let z = product(threads, a.transposed(), Matrix::rows(&sketch, rows, columns));
-    let mut z = basis(threads, z, columns, key)?;
-    for _ in 0..power_iterations {
-        z = basis(threads, two_sided(threads, a, &z, columns), columns, key)?;
+    let goal = |left: usize| if left == 0 { Goal::Exact } else { Goal::Rough };
+    let sketch = sketch(threads, a, columns, key);
+    let mut z = basis(threads, sketch, columns, goal(power_iterations), key)?;
+    for i in 0..power_iterations {
+        let image = two_sided(threads, a, &z, columns);
+        z = basis(threads, image, columns, goal(power_iterations - 1 - i), key)?;
     }
     Some(Subspace { columns, basis: z })
 }
 
-/// `a^T a z`.
+/// A random combination of the rows of `a`, for each of `columns` columns.
+fn sketch(threads: Threads, a: Matrix<'_>, columns: usize, key: Key) -> Vec<f32> {
+    let rows = a.row_count();
+    let random = random(key, rows * columns);
+    product(threads, a.transposed(), Matrix::rows(&random, rows, columns))
+}
+
+/// `a^T a z` up to a power of two, which keeps the products of tiny and of huge matrices in the
+/// range of float32.
 fn two_sided(threads: Threads, a: Matrix<'_>, z: &[f32], columns: usize) -> Vec<f32> {
-    let y = product(threads, a, Matrix::rows(z, a.column_count(), columns));
+    let mut y = product(threads, a, Matrix::rows(z, a.column_count(), columns));
+    let largest = y.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
+    let largest = f32::from_bits(largest);
+    let exponent = if largest.is_normal() { largest.log2().floor() as i32 } else { 0 };
+    let inverse = 2f64.powi(-exponent);
+    y.iter_mut().for_each(|v| *v = (f64::from(*v) * inverse) as f32);
     product(threads, a.transposed(), Matrix::rows(&y, a.row_count(), columns))
 }
 
@@ -96,24 +115,30 @@ pub fn rotate(
     Some((squares, directions, images))
 }
 
+/// The leading right singular directions of `a` from nothing: a random sketch, then one step of
+/// subspace iteration on its range. `columns` directions, as [`warm`] returns them.
+pub fn fresh(threads: Threads, a: Matrix<'_>, columns: usize, key: Key) -> Option<Vec<f32>> {
+    let range = basis(threads, sketch(threads, a, columns, key), columns, Goal::Rough, key)?;
+    if let Some(found) = warm(threads, a, &range, columns) {
+        return Some(found);
+    }
+    // The matrix has fewer directions than asked for: the others are filled up.
+    let image = two_sided(threads, a, &range, columns);
+    let basis = basis(threads, image, columns, Goal::Exact, key)?;
+    Some(rotate(threads, a, &Subspace { columns, basis })?.1)
+}
+
 /// One step of subspace iteration from an earlier basis of `columns` directions.
 ///
-/// Returns the directions in decreasing order of what they capture, and an estimate from below of
-/// the squared norm that they capture: the nuclear norm of `a^T a basis`.
-pub fn warm(
-    threads: Threads,
-    a: Matrix<'_>,
-    earlier: &[f32],
-    columns: usize,
-) -> Option<(f64, Vec<f32>)> {
+/// Returns the directions in decreasing order of what they capture.
+pub fn warm(threads: Threads, a: Matrix<'_>, earlier: &[f32], columns: usize) -> Option<Vec<f32>> {
     let mut z = two_sided(threads, a, earlier, columns);
-    let factor = orthonormalize(threads, &mut z, columns)?;
-    let (squares, rotation) = eigen((&factor * factor.transpose()).as_ref())?;
-    let captured = squares.iter().map(|square| square.max(0.0).sqrt()).sum();
+    let factor = orthonormalize(threads, &mut z, columns, Goal::Exact)?;
+    let (_, rotation) = eigen((&factor * factor.transpose()).as_ref())?;
     let rotation = Matrix::rows(&rotation, columns, columns);
     let mut directions = product(threads, Matrix::rows(&z, a.column_count(), columns), rotation);
     canonical_signs(&mut directions, columns);
-    Some((captured, directions))
+    Some(directions)
 }
 
 /// Left singular vectors from images `a * v`, with columns that stay orthonormal where the
@@ -124,5 +149,5 @@ pub fn left_vectors(
     columns: usize,
     key: Key,
 ) -> Option<Vec<f32>> {
-    basis(threads, images, columns, key)
+    basis(threads, images, columns, Goal::Exact, key)
 }

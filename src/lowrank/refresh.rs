@@ -1,12 +1,20 @@
 //! The projector of a gradient, found anew.
 
-use super::range::{cold, rotate, warm};
+use super::range::{fresh, product, warm};
 use crate::cpu::product::Matrix;
 use crate::cpu::threads::Threads;
+use crate::multiversion;
 use crate::rng::Key;
 
 /// Directions beyond the rank that a cold start carries along.
 const OVERSAMPLE: usize = 8;
+
+/// Random vectors that the captured energy is measured with. The directions are nearly singular
+/// ones, whose images are nearly orthogonal: one vector of signs would nearly do.
+const PROBES: usize = 4;
+
+/// Elements of one partial sum of squares.
+const SQUARES: usize = 1 << 16;
 
 /// What became of a refresh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +58,7 @@ pub fn refresh(
     } else {
         find(threads, a, basis, rank, warm_start, key).ok_or(Status::Kept)
     };
-    let (captured, directions) = match found {
+    let directions = match found {
         Ok(found) => found,
         Err(status) => {
             if !warm_start {
@@ -68,8 +76,32 @@ pub fn refresh(
         new += f64::from(now) * f64::from(now);
         *before = now;
     }
+    let captured = captured(threads, a, basis, rank, key);
     let cosine = if warm_start { (dot / (old * new).sqrt()) as f32 } else { f32::NAN };
     Outcome { status: Status::Refreshed, cosine, energy: (captured / square_norm).min(1.0) }
+}
+
+#[inline(always)]
+fn sum_of_squares_kernel(x: &[f32]) -> f64 {
+    const LANES: usize = 16;
+    let mut lanes = [0f64; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for (lane, &x) in lanes.iter_mut().zip(x) {
+            *lane += f64::from(x) * f64::from(x);
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+}
+
+multiversion! {
+    fn sum_of_squares(x: &[f32]) -> f64 = sum_of_squares_kernel
+}
+
+/// The squared Frobenius norm, summed in an order that does not depend on the number of threads.
+pub fn square_norm(threads: Threads, x: &[f32]) -> f64 {
+    let tasks: Vec<&[f32]> = x.chunks(SQUARES).collect();
+    threads.map(x.len(), tasks, sum_of_squares).into_iter().sum()
 }
 
 fn find(
@@ -79,15 +111,25 @@ fn find(
     rank: usize,
     warm_start: bool,
     key: Key,
-) -> Option<(f64, Vec<f32>)> {
-    if warm_start && let Some(found) = warm(threads, a, basis, rank) {
-        return Some(found);
+) -> Option<Vec<f32>> {
+    if warm_start && let Some(directions) = warm(threads, a, basis, rank) {
+        return Some(directions);
     }
     let width = (rank + OVERSAMPLE).min(a.column_count());
-    let subspace = cold(threads, a, width, 1, key)?;
-    let (squares, directions, _) = rotate(threads, a, &subspace)?;
-    let leading = directions.chunks(width).flat_map(|row| &row[..rank]).copied().collect();
-    Some((squares[..rank].iter().sum(), leading))
+    let directions = fresh(threads, a, width, key)?;
+    Some(directions.chunks(width).flat_map(|row| &row[..rank]).copied().collect())
+}
+
+/// The squared norm of `a * basis`: the mean of that of `a * basis * s` over vectors `s` of random
+/// signs (Hutchinson 1990), which costs a few products with vectors where `a * basis` costs `rank`.
+fn captured(threads: Threads, a: Matrix<'_>, basis: &[f32], rank: usize, key: Key) -> f64 {
+    let signs: Vec<f32> = (0..rank * PROBES)
+        .map(|i| if key.words(i as u64)[0] & 1 == 0 { 1.0 } else { -1.0 })
+        .collect();
+    let basis = Matrix::rows(basis, a.column_count(), rank);
+    let sums = product(threads, basis, Matrix::rows(&signs, rank, PROBES));
+    let images = product(threads, a, Matrix::rows(&sums, a.column_count(), PROBES));
+    sum_of_squares(&images) / PROBES as f64
 }
 
 fn unit_vectors(basis: &mut [f32], rank: usize) {

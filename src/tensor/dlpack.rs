@@ -163,8 +163,8 @@ fn from_torch(object: Borrowed<'_, '_, PyAny>, torch: &Torch) -> PyResult<Borrow
     }
     // The table does not tell a lazily negated view, and would show values of the wrong sign. Such
     // a view is the imaginary part of a complex tensor, whose elements do not lie side by side, so
-    // the question, which costs more than all the rest, is spared contiguous tensors.
-    let may_be_negated = view.as_ref().is_ok_and(|v| v.numel() == 1 || !v.is_contiguous());
+    // the question, which costs more than all the rest, is spared tensors with dense strides.
+    let may_be_negated = view.as_ref().is_ok_and(|v| v.rank == 0 || !v.has_dense_strides());
     if may_be_negated && object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
         return Ok(Err("got a lazily negated view; call resolve_neg() first".into()));
     }

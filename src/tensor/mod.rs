@@ -97,6 +97,16 @@ impl TensorView {
         })
     }
 
+    /// Contiguous in the strict sense: the strides are dense even where they do not matter.
+    fn has_dense_strides(&self) -> bool {
+        let mut want = 1isize;
+        self.shape().iter().zip(self.strides()).rev().all(|(&n, &stride)| {
+            let dense = stride == want;
+            want *= n as isize;
+            dense
+        })
+    }
+
     /// First and one-past-last address of the memory the elements lie in; empty for no elements.
     fn span(&self) -> (usize, usize) {
         let base = self.data as usize;

@@ -1,9 +1,6 @@
-"""Compiles a `.cu` file for the CPU and launches its kernels there.
+"""Compiles a `.cu` file for the CPU and launches its kernels there."""
 
-`python -m tests.emulator.build COMMAND ...` runs a command with every kernel built for
-AddressSanitizer.
-"""
-
+import argparse
 import ctypes
 import functools
 import hashlib
@@ -11,7 +8,6 @@ import operator
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -337,10 +333,23 @@ class EmulatedModule:
 
 
 def main() -> None:
-    """Runs the command given, under AddressSanitizer."""
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    os.execvpe(sys.argv[1], sys.argv[1:], sanitizer_environment())
+    """The command line: see README.md."""
+    parser = argparse.ArgumentParser(prog="python -m tests.emulator.build", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    library = commands.add_parser("library", help="build, and print where the library is")
+    library.add_argument("source", type=Path)
+    library.add_argument("-D", action="append", default=[], metavar="NAME=VALUE", dest="defines")
+    library.add_argument("-I", action="append", default=[], type=Path, dest="include")
+    library.add_argument("--sanitize", action="store_true")
+    sanitized = commands.add_parser("sanitized", help="run a command under AddressSanitizer")
+    sanitized.add_argument("words", nargs=argparse.REMAINDER)
+    given = parser.parse_args()
+    if given.command == "sanitized":
+        if not given.words:
+            parser.error("no command")
+        os.execvpe(given.words[0], given.words, sanitizer_environment())
+    defines = dict(define.partition("=")[::2] for define in given.defines)
+    print(build(given.source, defines, given.include, given.sanitize))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@
 #define __shared__ static __attribute__((section("cushared"), used))
 
 // On CUDA: extern __shared__ (fixtures/portable.cuh).
-#define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::cuemu::dynamic_shared)
+#define DYNAMIC_SHARED(type, name) \
+    type* const name = reinterpret_cast<type*>(::cuemu::dynamic_shared)
 
 constexpr int warpSize = 32;
 

@@ -1,4 +1,4 @@
-"""Compiles CUDA sources for real devices with NVRTC, which needs no GPU, and reads what they use."""
+"""Compiles CUDA sources for real devices with NVRTC, no GPU needed, and reads what they use."""
 
 import contextlib
 import ctypes
@@ -99,15 +99,13 @@ _NUMBERS = {
 
 
 def parse_usage(log: str) -> dict[str, Usage]:
-    """Kernel name to what ptxas says about it."""
+    """Kernel name to what ptxas says about it.
+
+    Functions that were not inlined are listed after a kernel that calls them and count for it.
+    """
     parts = _ENTRY.split(log)[1:]
     return {
-        name: Usage(
-            **{
-                field: int(found[1]) if (found := re.search(pattern, text)) else 0
-                for field, pattern in _NUMBERS.items()
-            }
-        )
+        name: Usage(**{k: sum(map(int, re.findall(p, text))) for k, p in _NUMBERS.items()})
         for name, text in zip(parts[::2], parts[1::2], strict=True)
     }
 

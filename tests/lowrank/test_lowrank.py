@@ -86,6 +86,39 @@ def test_refresh_captures_nearly_the_best(shape, dtype):
     assert result.cosine > 0.99
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("warm", [False, True])
+def test_refresh_at_any_scale(scale, warm):
+    x = decaying(120, 80)
+    bases, vectors = [torch.empty(80, 8) for _ in range(2)], [torch.zeros(80) for _ in range(2)]
+    for start in (False, True)[: 1 + warm]:
+        results = kernels.refresh_basis(
+            [x, x * scale], bases, vectors, warm=[start] * 2, seed=0, tensor_ids=[0, 0],
+            steps=[0, 0],
+        )  # fmt: skip
+    assert [r.status for r in results] == [kernels.REFRESHED] * 2
+    # The leading directions are well apart; rounding of x * scale moves them a little.
+    torch.testing.assert_close(vectors[1], vectors[0], atol=1e-4, rtol=0)
+    assert results[1].energy == pytest.approx(results[0].energy, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_refresh_of_a_matrix_of_lower_rank(rank):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(40, rank, generator=g) @ torch.randn(rank, 30, generator=g)
+    basis, vector = torch.empty(30, 8), torch.zeros(30)
+    for warm in (False, True):
+        (result,) = kernels.refresh_basis(
+            [x], [basis], [vector], warm=[warm], seed=0, tensor_ids=[0], steps=[0]
+        )
+        wide = basis.double()
+        assert result.status == kernels.REFRESHED
+        assert (wide.T @ wide - torch.eye(8)).abs().max() <= 1e-5
+        left_over = x.double() - x.double() @ wide @ wide.T
+        assert float(left_over.norm() / x.double().norm()) <= 1e-4
+        assert result.energy == pytest.approx(1.0, abs=1e-4)
+
+
 @given(
     m=st.integers(1, 90),
     n=st.sampled_from([1, 2, 7, 33, 64, 101, 257]),

@@ -45,6 +45,15 @@ def fake():
         return torch.ones(8)
 
 
+@pytest.mark.parametrize("shape", [(8,), (1,), (), (3, 1), (1, 1, 2)])
+def test_lazily_negated_views_of_every_shape_are_refused(shape):
+    x = torch.complex(torch.ones(shape), torch.ones(shape)).conj().imag
+    assert x.is_neg()
+    codes, scale, zero_point = outputs(x.numel())
+    with pytest.raises(TypeError, match="x must be a tensor, got a lazily negated view"):
+        quantize(x, codes.view(shape), scale, zero_point)
+
+
 class Subclass(torch.Tensor):
     pass
 

@@ -87,7 +87,8 @@ template <class T>
 Promoted<T> shfl_down(const Site& site, unsigned mask, T value, unsigned delta, int width = 32) {
     const unsigned within = check_width(site, width) - 1, lane = lane_id();
     delta &= 31;
-    return exchange_as<T>(site, mask, value, (lane & within) + delta <= within ? lane + delta : lane);
+    const unsigned source = (lane & within) + delta <= within ? lane + delta : lane;
+    return exchange_as<T>(site, mask, value, source);
 }
 template <class T>
 Promoted<T> shfl_xor(const Site& site, unsigned mask, T value, int lane_mask, int width = 32) {

@@ -3,7 +3,9 @@
 // gives the device's one NaN, 0x7fff; widening is exact and keeps a NaN's payload.
 #pragma once
 
-inline float cuemu_bf16_to_f32(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
+inline float cuemu_bf16_to_f32(unsigned short bits) {
+    return __uint_as_float(unsigned(bits) << 16);
+}
 
 inline unsigned short cuemu_f32_to_bf16_rn(float value) {
     if (value != value) return 0x7fff;
@@ -14,7 +16,8 @@ inline unsigned short cuemu_f32_to_bf16_rn(float value) {
 inline float cuemu_f16_to_f32(unsigned short bits) {
     const unsigned sign = unsigned(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
     if (magnitude >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-    if (magnitude < 0x400) return __uint_as_float(sign | __float_as_uint(float(magnitude) * 0x1p-24f));
+    if (magnitude < 0x400) // subnormal
+        return __uint_as_float(sign | __float_as_uint(float(magnitude) * 0x1p-24f));
     return __uint_as_float(sign | ((magnitude << 13) + (112u << 23))); // exponent bias 127 - 15
 }
 

@@ -40,7 +40,8 @@ const Kernel* find(const char* name) {
 }
 
 std::string shape(const unsigned* d) {
-    return "(" + std::to_string(d[0]) + ", " + std::to_string(d[1]) + ", " + std::to_string(d[2]) + ")";
+    const auto text = [&](int i) { return std::to_string(d[i]); };
+    return "(" + text(0) + ", " + text(1) + ", " + text(2) + ")";
 }
 
 // What the driver refuses before anything runs.
@@ -59,7 +60,8 @@ std::string refusal(const Kernel& kernel, const unsigned* grid, const unsigned* 
         return std::to_string(shared_bytes) + " bytes of dynamic shared memory, at most " +
                std::to_string(MAX_SHARED);
     if (!args && kernel.parameters[0].kind) return "no arguments given";
-    if (order < 0 || order > 15 || (order & 3) == 3) return "no such order: " + std::to_string(order);
+    if (order < 0 || order > 15 || (order & 3) == 3)
+        return "no such order: " + std::to_string(order);
     return "";
 }
 

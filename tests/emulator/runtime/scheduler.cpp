@@ -214,7 +214,8 @@ bool release_gatherings() {
             const Group group = warp.groups[g];
             if (group.mask != WHOEVER_COMES) continue;
             warp.groups[g] = warp.groups[--warp.group_count];
-            for_each_lane(group.arrived, [&](unsigned l) { lanes_of(warp)[l].out = group.arrived; });
+            Thread* lanes = lanes_of(warp);
+            for_each_lane(group.arrived, [&](unsigned lane) { lanes[lane].out = group.arrived; });
             make_ready(warp, group.arrived);
             any = true;
         }
