@@ -2,8 +2,9 @@
 Native core of gradpress; use it through `gradpress.ops`.
 """
 
-from _typeshed import SupportsGetItem
 from typing import Any, SupportsFloat, SupportsIndex
+
+from _typeshed import SupportsGetItem
 
 __all__ = [
     "adamw_blockwise_direction",

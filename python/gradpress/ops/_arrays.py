@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ def numel(x: Array) -> int:
 
 def written(tensors: Iterable[object]) -> None:
     """Tells autograd that these were written, so that it notices stale saved values."""
-    touched = list(tensors)
+    touched = cast("list[torch.Tensor]", list(tensors))
     try:
         torch.autograd.graph.increment_version(touched)
     except (RuntimeError, AttributeError):  # inference tensors keep no count, arrays neither

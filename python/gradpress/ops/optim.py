@@ -148,8 +148,8 @@ def adamw_blockwise_direction(
 ) -> None:
     """Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
 
-    The arguments are those of :func:`adamw_blockwise_step`; the update is zero where the gradient is
-    not finite.
+    The arguments are those of :func:`adamw_blockwise_step`; the update is zero where the gradient
+    is not finite.
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
     _core.adamw_blockwise_direction(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from gradpress.nn._weight import QuantizedWeight
-
 Group = dict[str, Any]
 State = dict[str, Any]
+
+#: Version of what the states hold: names, packing and block order. Stands in every group.
+STATE_LAYOUT = 1
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -26,7 +26,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "state_layout": STATE_LAYOUT})
         # `step` reads `grad_scale` and `found_inf`, which GradScaler sets.
         self._step_supports_amp_scaling = True
         self._install_state_hooks()
@@ -106,6 +106,11 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def _check_gradients(self, params: Iterable[torch.Tensor]) -> None:
         for p in params:
+            if type(p).__name__ == "DTensor":
+                raise NotImplementedError(
+                    f"{type(self).__name__}: sharded parameters (DTensor, as fully_shard makes"
+                    " them) are not supported; replicate them, as DistributedDataParallel does"
+                )
             grad = cast(torch.Tensor, p.grad)
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
@@ -129,7 +134,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
     # State
 
     def __setstate__(self, state: State) -> None:
-        """Restores a pickled or copied optimizer, whose hooks were not copied."""
+        """Restores a pickled, copied or loaded optimizer.
+
+        Hooks are not copied, and options that a checkpoint does not know take their defaults.
+        """
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -149,6 +157,13 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
 
 def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> None:
+    for group in state_dict["param_groups"]:
+        layout = group.get("state_layout", STATE_LAYOUT)
+        if layout != STATE_LAYOUT:
+            raise ValueError(
+                f"{type(optimizer).__name__}: state_dict has state_layout {layout}, this version"
+                f" of gradpress reads {STATE_LAYOUT}"
+            )
     ids = [list(g["params"]) for g in state_dict["param_groups"]]
     optimizer.__dict__["_loaded_state"] = (state_dict["state"], ids)
 
@@ -174,15 +189,3 @@ def plain_gradient(p: torch.Tensor) -> torch.Tensor:
 def new_step() -> torch.Tensor:
     """The counter of a parameter that was never stepped, as PyTorch keeps it."""
     return torch.zeros((), dtype=torch.float32)
-
-
-def is_quantized(p: torch.Tensor) -> bool:
-    """Whether the parameter is stored as integers."""
-    return isinstance(p, QuantizedWeight)
-
-
-def warn_once(seen: set[str], text: str) -> None:
-    """Warns unless the same text was given before."""
-    if text not in seen:
-        seen.add(text)
-        warnings.warn(text, stacklevel=3)

@@ -10,6 +10,7 @@ layers; every parameter is trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -134,6 +135,16 @@ class QGaLoreAdamW(AdamW8bit):
         for name, ok in valid.items():
             if not ok:
                 raise ValueError(f"Invalid {name} value: {group[name]!r}")
+
+    def _check_gradients(self, params: Iterable[torch.Tensor]) -> None:
+        super()._check_gradients(params)
+        groups = [g for g in self.param_groups if g["rank"] is not None]
+        if groups and all(p.dim() < 2 for g in groups for p in g["params"]):
+            raise ValueError(
+                f"{type(self).__name__}: params must hold a tensor of two dimensions where rank is"
+                " set, got one-dimensional tensors only; DeepSpeed ZeRO and FSDP1 flatten"
+                " parameters, which leaves nothing to project"
+            )
 
     def _step_group(self, group: Group, params: list[torch.Tensor], grad_scale: float) -> None:
         projected = [p for p in params if group["rank"] is not None and p.dim() >= 2 and p.numel()]

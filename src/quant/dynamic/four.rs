@@ -32,7 +32,7 @@ fn encode_kernel(values: &[f32], inverse: f32, signed: bool, codes: &mut [u8]) {
         }
     } else {
         for (&value, code) in values.iter().zip(codes) {
-            let steps = (value * inverse * 16.0 - 0.5).max(0.0).min(15.0);
+            let steps = (value * inverse * 16.0 - 0.5).clamp(0.0, 15.0);
             // SAFETY: from 0 to 15.
             *code = unsafe { steps.to_int_unchecked::<i32>() } as u8;
         }
