@@ -75,7 +75,7 @@ _ABOUT = (
     f" basis (warm: that of the matrix plus {PERTURBATION:.0%} noise).",
     "`energy` is the squared norm that the basis captures over what the best subspace of this rank"
     " captures. `orthogonality` is the largest entry of |B^T B - 1|. `GFLOP/s` counts the products"
-    " with the gradient alone (cold: four of 2 m n (rank + 8) operations, warm: two of 2 m n rank);"
+    " with the gradient alone (cold: three of 2 m n (rank + 8) operations, warm: two of 2 m n rank);"
     " orthogonalization and the small eigenproblem come on top, so `of mm`, the share of the rate"
     " of `torch.mm`, stays below 100 %.",
 )
@@ -159,7 +159,7 @@ def _table(title: str, problem: Problem, samples: Samples, peak: float) -> Table
         "energy",
         "orthogonality",
     )
-    products = {_COLD: 4 * problem.cold_work, _WARM: 2 * problem.work}
+    products = {_COLD: 3 * problem.cold_work, _WARM: 2 * problem.work}
     rows = []
     for name in (_COLD, _WARM, _LOWRANK, _SVD):
         seconds, basis = samples.median(name), problem.bases[name]
