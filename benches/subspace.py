@@ -75,9 +75,9 @@ _ABOUT = (
     f" basis (warm: that of the matrix plus {PERTURBATION:.0%} noise).",
     "`energy` is the squared norm that the basis captures over what the best subspace of this rank"
     " captures. `orthogonality` is the largest entry of |B^T B - 1|. `GFLOP/s` counts the products"
-    " with the gradient alone (cold: three of 2 m n (rank + 8) operations, warm: two of 2 m n rank);"
-    " orthogonalization and the small eigenproblem come on top, so `of mm`, the share of the rate"
-    " of `torch.mm`, stays below 100 %.",
+    " with the gradient alone (cold: three of 2 m n (rank + 8) operations, warm: two of 2 m n"
+    " rank); orthogonalization and the small eigenproblem come on top, so `of mm`, the share of"
+    " the rate of `torch.mm`, stays below 100 %.",
 )
 
 

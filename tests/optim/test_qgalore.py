@@ -157,3 +157,13 @@ def test_bytes_follow_the_formula():
     model[0].weight.grad = None
     formula = m * n * (1 + 3 / 256) + n * r * (0.5 + 3 / 256) + 2 * m * r * (1 + 4 / 256) + 4 * n
     assert gradpress.memory.count(model, optimizer).total == pytest.approx(formula, rel=0.02)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(8, 2 + 8 / 256), (4, 1 + 8 / 128)])
+def test_bytes_of_the_moments(bits, expected):
+    p = nn.Parameter(torch.randn(512, 512))
+    p.grad = torch.randn(512, 512)
+    optimizer = gradpress.optim.AdamW8bit([p], state_bits=bits)
+    optimizer.step()
+    held = [t for name, t in optimizer.state[p].items() if name.startswith("exp_avg")]
+    assert sum(t.nbytes for t in held) == expected * p.numel()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradpress.ops import dynamic
+from gradpress.ops import dynamic, runtime
 from gradpress.ops import quant as kernels
 
 
@@ -110,3 +110,81 @@ def test_dynamic_blocks_are_independent():
     assert torch.equal(clean[0][keep], hit[0][keep])
     assert torch.isfinite(hit[1]).all()
     assert (dynamic.quantize_dynamic(torch.zeros(300))[0] == 127).all()
+
+
+# The signed map of the dynamic data type with three exponent bits, and sixteenths without zero.
+FOUR_SIGNED = [-0.8875, -0.6625, -0.4375, -0.2125, -0.0775, -0.0325, -0.0055, 0.0]
+FOUR_SIGNED += [-value for value in FOUR_SIGNED[6::-1]] + [1.0]
+FOUR_BITS = {True: np.array(FOUR_SIGNED), False: np.arange(1, 17) / 16}
+
+
+@given(
+    count=st.sampled_from([0, 1, 2, 127, 128, 129]) | st.integers(1, 900),
+    signed=st.booleans(),
+    exponent=st.integers(-25, 25),
+    block_size=st.sampled_from([None, 2, 64, 1000]),
+)
+def test_four_bit_codes_are_nearest(count, signed, exponent, block_size):
+    rng = np.random.default_rng(count)
+    x = (rng.standard_normal(count) * 10.0**exponent).astype("f4")
+    x = x if signed else np.abs(x)
+    layout = {"signed": signed, "bits": 4, "block_size": block_size}
+    packed, scale, nonfinite = dynamic.quantize_dynamic(x, **layout)
+    assert nonfinite == 0
+    assert packed.shape == ((count + 1) // 2,)
+    back = dynamic.dequantize_dynamic(packed, scale, **layout, shape=(count,))
+    size = block_size or 128
+    assert scale.shape == (-(-count // size),)
+    for block in range(0, count, size):
+        part = x[block : block + size].astype(np.float64)
+        top = np.abs(part).max()
+        assert scale[block // size] == top
+        best = np.abs(part[:, None] / top - FOUR_BITS[signed]).min(axis=1)
+        ours = np.abs(part - back[block : block + size]) / top
+        # Quotient, entry and product are rounded to 2^-24 of at most one each.
+        assert (ours <= best + 3e-7).all()
+
+
+def test_four_bit_blocks_that_are_zero_or_poisoned():
+    for signed in (True, False):
+        codes, scale, _ = dynamic.quantize_dynamic(torch.zeros(300), signed=signed, bits=4)
+        assert not dynamic.dequantize_dynamic(codes, scale, signed=signed, bits=4).any()
+    x = torch.rand(512)
+    poisoned = x.clone()
+    poisoned[200:202] = torch.tensor([float("nan"), float("inf")])
+    clean, hit = (dynamic.quantize_dynamic(t, bits=4) for t in (x, poisoned))
+    assert hit[2] == 2
+    keep = torch.arange(256) // 64 != 1
+    assert torch.equal(clean[0][keep], hit[0][keep])
+    assert torch.isfinite(hit[1]).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_codes_have_the_same_bits_everywhere(bits, signed, restore_level, restore_threads):
+    x = torch.randn(100_003, generator=torch.Generator().manual_seed(0)) ** 5
+    x = x if signed else x.square()
+    results = []
+    for level in runtime.simd_levels():
+        for threads in (1, 2, 4):
+            runtime.set_simd_level(level)
+            torch.set_num_threads(threads)
+            codes, scale, _ = dynamic.quantize_dynamic(x, signed=signed, bits=bits)
+            back = dynamic.dequantize_dynamic(codes, scale, signed=signed, bits=bits)
+            results.append((codes, scale, back))
+    assert len(results) >= 3
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, "bits must be 4 or 8, got 5"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"bits": 4, "block_size": 33}, "block_size must be even for 4 bits, got 33"),
+    ],
+)
+def test_dynamic_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=f"quantize_dynamic: {message}"):
+        dynamic.quantize_dynamic(torch.ones(40), **options)
