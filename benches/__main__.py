@@ -14,6 +14,7 @@ BENCHES = {
     "subspace": "finding the leading subspace of a gradient",
     "adamw8bit": "AdamW with small moments",
     "qgalore_step": "a whole Q-GaLore step on a LLaMA",
+    "rounding": "validation loss with INT8 weights: stochastic and nearest rounding (20 minutes)",
 }
 
 

@@ -3,11 +3,13 @@ import json
 import pytest
 
 from gradpress.train import UserError
-from gradpress.train.demo import CHOSEN, run_demo
+from gradpress.train.demo import CHOSEN, TRIED, run_demo
 
 
 def test_both_optimizers_train_the_rest_alike():
     assert CHOSEN["adamw"]["lr_rest"] == CHOSEN["qgalore"]["lr_rest"]
+    assert len(TRIED["adamw"]) == len(TRIED["qgalore"])
+    assert all(CHOSEN[name]["lr"] in TRIED[name] for name in CHOSEN)
 
 
 def test_demo_compares_two_runs_on_the_same_data(small, tmp_path, capsys):
