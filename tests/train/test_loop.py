@@ -107,7 +107,15 @@ def test_signal_finishes_the_step_and_saves(small, quiet, tmp_path, monkeypatch,
     assert_same_run(tmp_path / "straight", folder, 8)
 
 
-def test_second_signal_ends_at_once(small, quiet, tmp_path, monkeypatch):
+@pytest.fixture
+def usual_interrupt():
+    """Python's own handler, also where a shell started the tests with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_signal_ends_at_once(small, quiet, tmp_path, monkeypatch, usual_interrupt):
     def twice():
         # In this thread: of two that wait in another one, the system may keep one.
         signal.raise_signal(signal.SIGINT)
