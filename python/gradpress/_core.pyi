@@ -2,9 +2,8 @@
 Native core of gradpress; use it through `gradpress.ops`.
 """
 
-from typing import Any, SupportsFloat, SupportsIndex
-
 from _typeshed import SupportsGetItem
+from typing import Any, SupportsFloat, SupportsIndex
 
 __all__ = [
     "adamw_blockwise_direction",
