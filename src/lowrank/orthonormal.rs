@@ -124,6 +124,29 @@ fn is_well_conditioned(lower: &Mat<f64>) -> bool {
     smallest > largest * 1e-2
 }
 
+/// Which columns of unit length lie within the root of `tolerance` of the span of those before
+/// them, from the lower triangle of their Gram matrix: a Cholesky factorization that skips them.
+pub fn dependent_columns(gram: &Mat<f64>, tolerance: f64) -> Vec<usize> {
+    let n = gram.ncols();
+    let mut lower = Mat::<f64>::zeros(n, n);
+    let mut dependent = Vec::new();
+    for j in 0..n {
+        let known: f64 = (0..j).map(|k| lower[(j, k)] * lower[(j, k)]).sum();
+        let pivot = gram[(j, j)] - known;
+        // A NaN is no distance either.
+        if pivot.is_nan() || pivot <= tolerance {
+            dependent.push(j);
+            continue;
+        }
+        lower[(j, j)] = pivot.sqrt();
+        for i in j + 1..n {
+            let known: f64 = (0..j).map(|k| lower[(i, k)] * lower[(j, k)]).sum();
+            lower[(i, j)] = (gram[(i, j)] - known) / lower[(j, j)];
+        }
+    }
+    dependent
+}
+
 /// Of a matrix given by its lower triangle: eigenvalues in decreasing order, and the eigenvectors as columns of a row-major matrix.
 pub fn eigen(symmetric: MatRef<'_, f64>) -> Option<(Vec<f64>, Vec<f32>)> {
     let n = symmetric.nrows();

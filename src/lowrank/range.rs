@@ -2,14 +2,16 @@
 //! arXiv 0909.4061), from nothing or from an earlier basis.
 
 use super::orthonormal::{
-    Goal, canonical_signs, eigen, gram, normalize_columns, orthonormalize, scale_columns,
+    Goal, canonical_signs, dependent_columns, eigen, gram, normalize_columns, orthonormalize,
+    scale_columns,
 };
 use crate::cpu::product::{Matrix, multiply};
 use crate::cpu::threads::Threads;
 use crate::rng::{Key, fill_dithers};
 
-/// Size of the noise that stands in for directions a matrix does not have.
-const FILL: f32 = 1e-6;
+/// Squared distances, of unit columns from the span of those before them, up to which a column
+/// counts as dependent: tried one after the other.
+const DEPENDENT: [f64; 3] = [1e-10, 1e-8, 1e-6];
 
 /// Independent, symmetric, bounded random numbers of variance one.
 fn random(key: Key, count: usize) -> Vec<f32> {
@@ -26,7 +28,10 @@ pub fn product(threads: Threads, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
     out
 }
 
-/// Orthonormal columns that span those of `y`; what is missing is filled with random directions.
+/// Orthonormal columns that span those of `y`; a column that depends on those before it gives way to
+/// a random one, so that there are `columns` of them whatever the rank of `y`.
+///
+/// Of independent columns each keeps its place, and what it adds to those before it.
 fn basis(
     threads: Threads,
     mut y: Vec<f32>,
@@ -39,14 +44,20 @@ fn basis(
     if orthonormalize(threads, &mut y, columns, goal).is_some() {
         return Some(y);
     }
-    let rows = original.len() / columns.max(1);
-    let scale = FILL / (rows as f32).sqrt();
-    let mut y = original;
-    for (value, noise) in y.iter_mut().zip(random(key, rows * columns)) {
-        *value += scale * noise;
+    let dense = gram(threads, &original, columns);
+    for tolerance in DEPENDENT {
+        let mut y = original.clone();
+        let mut filling = random(key, y.len());
+        normalize_columns(&mut filling, columns);
+        for j in dependent_columns(&dense, tolerance) {
+            let places = y.iter_mut().zip(&filling).skip(j).step_by(columns);
+            places.for_each(|(value, &random)| *value = random);
+        }
+        if orthonormalize(threads, &mut y, columns, goal).is_some() {
+            return Some(y);
+        }
     }
-    orthonormalize(threads, &mut y, columns, goal)?;
-    Some(y)
+    None
 }
 
 /// A basis of the leading right singular subspace, and what it was found with.

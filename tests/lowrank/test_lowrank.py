@@ -45,6 +45,30 @@ def test_svd_of_low_rank_and_any_scale(scale):
     assert (u.T @ u - torch.eye(6)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+@pytest.mark.parametrize("true_rank", [0, 1, 3, 29])
+@pytest.mark.parametrize("rank", [1, 10, 30])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_svd_of_any_rank_asked_of_any_rank(shape, true_rank, rank, scale):
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(shape[0], true_rank, generator=g) @ torch.randn(
+        true_rank, shape[1], generator=g
+    )
+    x = x * scale
+    u, s, vh = (t.double() for t in gradpress.lowrank.svd(x, rank, n_iter=4))
+    identity = torch.eye(rank, dtype=torch.float64)
+    assert (u.T @ u - identity).abs().max() <= 1e-5
+    assert (vh @ vh.T - identity).abs().max() <= 1e-5
+    assert (s.diff() <= 0).all()
+    best = torch.linalg.svdvals(x.double())
+    top = best[0]
+    # Values below the rounding of float32, relative to the largest, are noise.
+    assert (s[true_rank:] <= 2e-6 * top).all()
+    if rank >= true_rank:
+        torch.testing.assert_close(s[:true_rank], best[: min(rank, true_rank)], rtol=1e-4, atol=0)
+        assert torch.linalg.norm((u * s) @ vh - x.double()) <= 1e-5 * torch.linalg.norm(x.double())
+
+
 def test_svd_of_zero_and_errors():
     assert (gradpress.lowrank.svd(np.zeros((5, 4), "f4"), 2)[1] == 0).all()
     with pytest.raises(ValueError, match="svd: x must be finite"):
@@ -103,17 +127,18 @@ def test_refresh_at_any_scale(scale, warm):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_refresh_of_a_matrix_of_lower_rank(rank):
+@pytest.mark.parametrize("kept", [8, 29, 30])
+def test_refresh_of_a_matrix_of_lower_rank(rank, kept):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(40, rank, generator=g) @ torch.randn(rank, 30, generator=g)
-    basis, vector = torch.empty(30, 8), torch.zeros(30)
+    basis, vector = torch.empty(30, kept), torch.zeros(30)
     for warm in (False, True):
         (result,) = kernels.refresh_basis(
             [x], [basis], [vector], warm=[warm], seed=0, tensor_ids=[0], steps=[0]
         )
         wide = basis.double()
         assert result.status == kernels.REFRESHED
-        assert (wide.T @ wide - torch.eye(8)).abs().max() <= 1e-5
+        assert (wide.T @ wide - torch.eye(kept)).abs().max() <= 1e-5
         left_over = x.double() - x.double() @ wide @ wide.T
         assert float(left_over.norm() / x.double().norm()) <= 1e-4
         assert result.energy == pytest.approx(1.0, abs=1e-4)
