@@ -89,7 +89,7 @@ def _single_rows() -> list[Row]:
     levels = torch.zeros(ELEMENTS, dtype=torch.uint8)
     target = ONE_TENSOR_TARGET
     core_quantize = partial(
-        _core.quantize_blockwise, x, codes, scale, zero, 8, True, ELEMENTS, 0, 0, 0
+        _core.quantize_blockwise, x, codes, scale, zero, _counter(), 8, True, ELEMENTS, 0, 0, 0
     )
     return [
         Row("empty call", _nothing, 0),

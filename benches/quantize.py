@@ -130,6 +130,7 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
 
 def _integer_rows(x: torch.Tensor) -> list[Row]:
     rows = []
+    counter = torch.zeros(1, dtype=torch.int64)
     for bits, group in ((8, GROUP), (4, GROUP), (4, NF4_BLOCK)):
         for symmetric in (False, True):
             parts = quant.allocate_codes(x, tuple(x.shape), bits, group, symmetric)
@@ -138,7 +139,7 @@ def _integer_rows(x: torch.Tensor) -> list[Row]:
                 rounding = "stochastic" if stochastic else "nearest"
                 size = f", groups of {group}" if group != GROUP else ""
                 call = partial(
-                    _core.quantize_blockwise, x, *parts, bits, stochastic, group, 1, 0, 0
+                    _core.quantize_blockwise, x, *parts, counter, bits, stochastic, group, 1, 0, 0
                 )
                 name = f"INT{bits} {grid} {rounding}{size}"
                 against = _NF4 if bits == 4 else _EAGER if stochastic else _DYNAMIC
@@ -180,10 +181,11 @@ def _dynamic_rows(count: int, dtype: torch.dtype, bitsandbytes: ModuleType | Non
     x = torch.randn(count).to(dtype)
     positive = x.square()
     codes, scale = torch.empty(count, dtype=torch.uint8), torch.empty(count // GROUP)
+    counter = torch.zeros(1, dtype=torch.int64)
     moved = _dynamic_bytes(x)
 
     def native(values: torch.Tensor, signed: bool) -> Callable[[], object]:
-        return partial(_core.quantize_dynamic, values, codes, scale, signed, 8, GROUP)
+        return partial(_core.quantize_dynamic, values, codes, scale, counter, signed, 8, GROUP)
 
     public = partial(dynamic.quantize_dynamic, x)
     rows = [

@@ -5,7 +5,7 @@ use std::fmt;
 use pyo3::PyErr;
 use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
 
-use crate::tensor::{DType, Device};
+use crate::tensor::{DType, Device, out_of_memory};
 
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -62,9 +62,11 @@ pub enum Error {
     #[error("{op}: not implemented for {dtype} on {device}")]
     Unsupported { op: &'static str, device: Device, dtype: DType },
     #[error("{op}: not implemented on {device}; move the tensors to the CPU")]
-    Device { op: &'static str, device: Device },
+    NoKernel { op: &'static str, device: &'static str },
     #[error("{op}: {what}")]
     Runtime { op: &'static str, what: String },
+    #[error("{op}: {what}")]
+    OutOfMemory { op: &'static str, what: String },
 }
 
 impl From<Error> for PyErr {
@@ -80,10 +82,11 @@ impl From<Error> for PyErr {
             | Error::Overlap { .. }
             | Error::DeviceMismatch { .. }
             | Error::Value { .. } => PyValueError::new_err(text),
-            Error::Unsupported { .. } | Error::Device { .. } => {
+            Error::Unsupported { .. } | Error::NoKernel { .. } => {
                 PyNotImplementedError::new_err(text)
             }
             Error::Runtime { .. } => PyRuntimeError::new_err(text),
+            Error::OutOfMemory { .. } => out_of_memory(text),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Native core of gradpress. This file lists what Python sees, and nothing else.
 
 pub mod cpu;
+pub mod cuda;
 mod dispatch;
 pub mod error;
 pub mod lowrank;
@@ -27,5 +28,8 @@ mod _core {
         round_bf16_stochastic, unpack_int4,
     };
     #[pymodule_export]
-    use crate::runtime::{set_simd_level, simd_level, simd_levels, version};
+    use crate::runtime::{
+        compile_kernels, cuda_status, set_emulator, set_simd_level, simd_level, simd_levels,
+        version, warmup,
+    };
 }

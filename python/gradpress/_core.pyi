@@ -10,6 +10,8 @@ __all__ = [
     "adamw_blockwise_step",
     "adamw_direction",
     "adamw_step",
+    "compile_kernels",
+    "cuda_status",
     "dequantize_blockwise",
     "dequantize_dynamic",
     "pack_int4",
@@ -20,12 +22,14 @@ __all__ = [
     "quantize_dynamic",
     "refresh_basis",
     "round_bf16_stochastic",
+    "set_emulator",
     "set_simd_level",
     "simd_level",
     "simd_levels",
     "svd",
     "unpack_int4",
     "version",
+    "warmup",
 ]
 
 def adamw_blockwise_direction(
@@ -44,6 +48,8 @@ def adamw_blockwise_direction(
     grad_scale: SupportsFloat | SupportsIndex,
     bits: SupportsIndex,
     block_size: SupportsIndex,
+    grad_scale_tensor: Any | None = None,
+    found_inf: Any | None = None,
 ) -> None:
     """
     Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
@@ -70,11 +76,16 @@ def adamw_blockwise_step(
     seed: SupportsIndex,
     bits: SupportsIndex,
     block_size: SupportsIndex,
+    grad_scale_tensor: Any | None = None,
+    found_inf: Any | None = None,
 ) -> None:
     """
     Steps parameters in place by AdamW with moments of 8 or 4 bits.
 
     Elements whose gradient is not finite keep parameter and moments, and are added to `nonfinite`.
+    Gradients are divided by `grad_scale` and, where it is given, by the one float32 of
+    `grad_scale_tensor`; where the one of `found_inf` is not zero nothing is written. Both are read
+    where the tensors are: nobody waits for a device.
     """
 
 def adamw_direction(
@@ -89,6 +100,8 @@ def adamw_direction(
     eps: SupportsFloat | SupportsIndex,
     maximize: bool,
     grad_scale: SupportsFloat | SupportsIndex,
+    grad_scale_tensor: Any | None = None,
+    found_inf: Any | None = None,
 ) -> None:
     """
     `adamw_blockwise_direction` with float32 moments.
@@ -111,9 +124,26 @@ def adamw_step(
     grad_scale: SupportsFloat | SupportsIndex,
     stochastic_rounding: bool,
     seed: SupportsIndex,
+    grad_scale_tensor: Any | None = None,
+    found_inf: Any | None = None,
 ) -> None:
     """
     Steps parameters in place by AdamW with float32 moments; see `adamw_blockwise_step`.
+    """
+
+def compile_kernels(
+    architecture: SupportsIndex, files: SupportsGetItem[int, str] | None = None
+) -> list[tuple[str, list[str], int]]:
+    """
+    Compiles modules for `sm_{architecture}` into the cache, for which no device is needed.
+
+    `files` of `kernels/` are compiled, or all of them. Returns the file, the defines and the size
+    of each module.
+    """
+
+def cuda_status() -> str:
+    """
+    Devices, driver and compiler of CUDA, or why there are none, as text.
     """
 
 def dequantize_blockwise(
@@ -161,11 +191,13 @@ def project_back_add(
     seed: SupportsIndex,
     tensor_ids: SupportsGetItem[int, SupportsIndex],
     steps: SupportsGetItem[int, SupportsIndex],
+    found_inf: Any | None = None,
 ) -> None:
     """
     `params = params * (1 - decay) + scale * back(update)`, in place, rounded once.
 
-    `decays` and the random numbers' `tensor_ids` and `steps` have an entry for each parameter.
+    The random numbers' `tensor_ids` and `steps` have an entry for each parameter. Where `found_inf`
+    (one float32) is given and not zero, nothing is written.
     """
 
 def project_back_requantize(
@@ -183,12 +215,13 @@ def project_back_requantize(
     seed: SupportsIndex,
     tensor_ids: SupportsGetItem[int, SupportsIndex],
     steps: SupportsGetItem[int, SupportsIndex],
+    found_inf: Any | None = None,
 ) -> None:
     """
     `weights = round(weights * (1 - decay) + scale * back(update))` on quantized weights, in place.
 
     Where `bases` is empty the updates are dense, `[m, n]`. Groups in which nothing changes keep
-    their codes and grids bit for bit.
+    their codes and grids bit for bit; where `found_inf` (one float32) is given and not zero, all do.
     """
 
 def quantize_blockwise(
@@ -196,30 +229,37 @@ def quantize_blockwise(
     codes: Any,
     scale: Any,
     zero_point: Any | None,
+    nonfinite: Any,
     bits: SupportsIndex,
     stochastic: bool,
     group_size: SupportsIndex,
     seed: SupportsIndex,
     tensor_id: SupportsIndex,
     step: SupportsIndex,
-) -> int:
+) -> None:
     """
     Quantizes `x` in groups of `group_size` consecutive elements.
 
     Written are `codes`, `scale` (float32, one per group) and, for affine codes, `zero_point`
-    (uint8, one per group). Returns the number of NaN and infinite values, which count as zero and
-    as the extremes of their group's finite values.
+    (uint8, one per group). `nonfinite` (int64) is increased by the number of NaN and infinite
+    values, which count as zero and as the extremes of their group's finite values.
     """
 
 def quantize_dynamic(
-    x: Any, codes: Any, scale: Any, signed: bool, bits: SupportsIndex, block_size: SupportsIndex
-) -> int:
+    x: Any,
+    codes: Any,
+    scale: Any,
+    nonfinite: Any,
+    signed: bool,
+    bits: SupportsIndex,
+    block_size: SupportsIndex,
+) -> None:
     """
     Quantizes `x` with the map of first moments (`signed`) or of second moments, of 8 or 4 bits.
 
-    `scale` is the largest magnitude of each block; codes of 4 bits are packed. Returns the number
-    of values not finite, which count as zero (NaN) and as the extremes of the block's finite
-    values.
+    `scale` is the largest magnitude of each block; codes of 4 bits are packed. `nonfinite` (int64)
+    is increased by the number of values not finite, which count as zero (NaN) and as the extremes
+    of the block's finite values.
     """
 
 def refresh_basis(
@@ -245,6 +285,20 @@ def round_bf16_stochastic(
 ) -> None:
     """
     Rounds float32 `x` stochastically into bfloat16 `out` of the same shape.
+    """
+
+def set_emulator(
+    build: Any | None,
+    order: SupportsIndex = 0,
+    seed: SupportsIndex = 0,
+    list_capacity: SupportsIndex = ...,
+) -> None:
+    """
+    Makes ops on CPU tensors take their CUDA half, on kernels compiled for the CPU: for tests.
+
+    `build` is called with a file of `kernels/` and defines, and returns the path of a library that
+    `tests/emulator/build.py` made; None switches back. `order` and `seed` decide which thread runs
+    when (the emulator's README); `list_capacity` is how many tensors one launch takes.
     """
 
 def set_simd_level(level: str) -> None:
@@ -284,4 +338,9 @@ def unpack_int4(packed: Any, codes: Any) -> None:
 def version() -> str:
     """
     The version of the native core.
+    """
+
+def warmup(ordinal: SupportsIndex) -> None:
+    """
+    Compiles and loads all kernels for CUDA device `ordinal`.
     """

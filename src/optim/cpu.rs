@@ -2,38 +2,21 @@
 
 use std::cell::RefCell;
 
+use super::call::{Call, States, Step};
 use crate::cpu::threads::Threads;
+use crate::error::{Error, Result};
 use crate::multiversion;
 use crate::quant::bfloat16::round_stochastic;
 use crate::quant::cpu::dithers_of;
 use crate::quant::dynamic::codec::Codec;
-use crate::rng::Key;
-use crate::tensor::{Floats, FloatsMut};
+use crate::tensor::{Floats, FloatsMut, TensorView};
 
 /// Elements of one task, and of one pass over buffers that stay in the first-level cache.
 const TASK: usize = 1 << 15;
 const SPAN: usize = 1024;
 
-/// The numbers of one tensor's step.
-#[derive(Clone, Copy)]
-pub struct Step {
-    /// Learning rate over the first moment's bias correction.
-    pub step_size: f32,
-    /// One over the root of the second moment's bias correction.
-    pub root: f32,
-    pub beta1: f32,
-    pub beta2: f32,
-    pub eps: f32,
-    /// What the decay leaves of a parameter.
-    pub keep: f32,
-    /// Multiplies the gradient: sign and inverse of the gradient scale.
-    pub factor: f32,
-    /// Rounds bfloat16 parameters stochastically.
-    pub key: Option<Key>,
-}
-
 /// The two moments of a run of elements.
-pub enum Moments<'a> {
+enum Moments<'a> {
     Codes {
         exp_avg: &'a mut [u8],
         exp_avg_scale: &'a mut [f32],
@@ -49,16 +32,16 @@ pub enum Moments<'a> {
 }
 
 /// What is stepped: parameters with their gradients, or gradients that become updates.
-pub enum Target<'a> {
+enum Target<'a> {
     Parameter(FloatsMut<'a>, Floats<'a>),
     Direction(&'a mut [f32]),
 }
 
 /// One tensor's part in a call.
-pub struct Item<'a> {
-    pub target: Target<'a>,
-    pub moments: Moments<'a>,
-    pub step: Step,
+struct Item<'a> {
+    target: Target<'a>,
+    moments: Moments<'a>,
+    step: Step,
 }
 
 struct Task<'a> {
@@ -147,8 +130,78 @@ fn cut<'a>(mut item: Item<'a>, tasks: &mut Vec<Task<'a>>) {
     }
 }
 
+/// # Safety
+/// The views passed the checks of [`Call::new`], lie on the CPU, and nothing else refers to their
+/// memory.
+unsafe fn moments(states: &mut States) -> Vec<Moments<'_>> {
+    match states {
+        States::Codes { views: [m, ms, v, vs], bits, block_size } => m
+            .iter_mut()
+            .zip(ms)
+            .zip(v.iter_mut().zip(vs))
+            .map(|((m, ms), (v, vs))| {
+                // SAFETY: by the caller's word.
+                unsafe {
+                    Moments::Codes {
+                        exp_avg: m.as_mut_slice(),
+                        exp_avg_scale: ms.as_mut_slice(),
+                        exp_avg_sq: v.as_mut_slice(),
+                        exp_avg_sq_scale: vs.as_mut_slice(),
+                        bits: *bits,
+                        block_size: *block_size,
+                    }
+                }
+            })
+            .collect(),
+        States::Floats { views: [m, v] } => m
+            .iter_mut()
+            .zip(v)
+            .map(|(m, v)| {
+                // SAFETY: by the caller's word.
+                unsafe {
+                    Moments::Floats { exp_avg: m.as_mut_slice(), exp_avg_sq: v.as_mut_slice() }
+                }
+            })
+            .collect(),
+    }
+}
+
+/// Steps every tensor of the call.
+pub fn adamw(call: &mut Call, threads: Threads) -> Result<()> {
+    // SAFETY: one float32 each, on the CPU.
+    let number = |view: &TensorView| unsafe { view.as_slice::<f32>()[0] };
+    if call.found_inf.as_ref().is_some_and(|view| number(view) != 0.0) {
+        return Ok(());
+    }
+    let grad_scale = call.grad_scale.as_ref().map_or(1.0, number);
+    // SAFETY: all views are contiguous, on the CPU, of the checked dtypes and shapes, and no
+    // written one overlaps any other.
+    let moments = unsafe { moments(&mut call.states) };
+    let mut items = Vec::with_capacity(moments.len());
+    for (i, (target, moments)) in call.targets.iter_mut().zip(moments).enumerate() {
+        let (device, dtype) = (target.device(), target.dtype());
+        // SAFETY: as above.
+        let target = unsafe {
+            match &call.grads {
+                Some(grads) => FloatsMut::of(target)
+                    .zip(Floats::of(&grads[i]))
+                    .map(|(p, g)| Target::Parameter(p, g)),
+                None => Some(Target::Direction(target.as_mut_slice())),
+            }
+        };
+        let target = target.ok_or(Error::Unsupported { op: call.op, device, dtype })?;
+        let mut step = call.hyper.step(call.steps[i], call.tensor_ids[i]);
+        step.factor /= grad_scale;
+        items.push(Item { target, moments, step });
+    }
+    let replaced = step_items(threads, items);
+    // SAFETY: one int64, which overlaps nothing.
+    unsafe { call.nonfinite.as_mut_slice::<i64>()[0] += replaced };
+    Ok(())
+}
+
 /// Steps every item; returns how many gradient elements were not finite.
-pub fn adamw(threads: Threads, items: Vec<Item<'_>>) -> i64 {
+fn step_items(threads: Threads, items: Vec<Item<'_>>) -> i64 {
     let elements = items.iter().map(|item| item.target.len()).sum();
     let mut tasks = Vec::new();
     for item in items {

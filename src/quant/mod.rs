@@ -1,14 +1,18 @@
 //! Integer quantization: groups of consecutive elements with a scale each.
 
 pub mod bfloat16;
+pub mod blocks;
 pub mod cpu;
+pub mod cuda;
 pub mod dynamic;
 mod dynamic_ops;
 pub mod grid;
 pub mod pack;
 pub mod update;
 
-pub use dynamic_ops::{dequantize_dynamic, quantize_dynamic};
+pub use dynamic_ops::{
+    DynamicDequantization, DynamicQuantization, dequantize_dynamic, quantize_dynamic,
+};
 
 use half::bf16;
 use pyo3::prelude::*;
@@ -85,11 +89,36 @@ unsafe fn bytes(codes: &TensorView) -> &[u8] {
     unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), codes.len()) }
 }
 
+/// A counter of values that are not finite, which an op increases and nobody waits for.
+pub(crate) fn counter(check: Check, arg: Arg) -> Result<TensorViewMut> {
+    let counter = check.output("nonfinite", arg)?;
+    check.dtype("nonfinite", &counter, DType::I64)?;
+    check.shape("nonfinite", &counter, &[1])?;
+    Ok(counter)
+}
+
+/// # Safety
+/// As for [`TensorViewMut::as_mut_slice`]; `counter` comes from [`counter`].
+pub(crate) unsafe fn count(counter: &mut TensorViewMut, more: usize) {
+    // SAFETY: by the caller's word, and one int64 as checked.
+    unsafe { counter.as_mut_slice::<i64>()[0] += more as i64 }
+}
+
+/// The arguments of one quantization.
+pub struct Quantization {
+    x: TensorView,
+    codes: TensorViewMut,
+    scale: TensorViewMut,
+    zero_point: Option<TensorViewMut>,
+    nonfinite: TensorViewMut,
+    rounding: Rounding,
+}
+
 /// Quantizes `x` in groups of `group_size` consecutive elements.
 ///
 /// Written are `codes`, `scale` (float32, one per group) and, for affine codes, `zero_point`
-/// (uint8, one per group). Returns the number of NaN and infinite values, which count as zero and
-/// as the extremes of their group's finite values.
+/// (uint8, one per group). `nonfinite` (int64) is increased by the number of NaN and infinite
+/// values, which count as zero and as the extremes of their group's finite values.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn quantize_blockwise(
@@ -98,47 +127,68 @@ pub fn quantize_blockwise(
     codes: Arg,
     scale: Arg,
     zero_point: Option<Arg>,
+    nonfinite: Arg,
     bits: u8,
     stochastic: bool,
     group_size: usize,
     seed: u64,
     tensor_id: u32,
     step: u32,
-) -> PyResult<usize> {
+) -> PyResult<()> {
     const OP: &str = "quantize_blockwise";
     let check = Check { op: OP };
     let format = Format::new(check, bits, zero_point.is_none())?;
     let x = check.input("x", x)?;
-    let mut codes = check.output("codes", codes)?;
-    let mut scale = check.output("scale", scale)?;
-    let mut zero_point = zero_point.map(|arg| check.output("zero_point", arg)).transpose()?;
+    let codes = check.output("codes", codes)?;
+    let scale = check.output("scale", scale)?;
+    let zero_point = zero_point.map(|arg| check.output("zero_point", arg)).transpose()?;
+    let nonfinite = counter(check, nonfinite)?;
     check.float("x", &x)?;
     check.contiguous("x", &x)?;
     check_codes(check, &codes, &x, format)?;
     check_grids(check, &scale, zero_point.as_deref(), x.numel(), group_size)?;
     let device = {
-        let mut written: Vec<(Name, &TensorViewMut)> =
-            vec![("codes".into(), &codes), ("scale".into(), &scale)];
+        let mut written: Vec<(Name, &TensorViewMut)> = vec![
+            ("codes".into(), &codes),
+            ("scale".into(), &scale),
+            ("nonfinite".into(), &nonfinite),
+        ];
         written.extend(zero_point.as_ref().map(|t| (Name::from("zero_point"), t)));
         one_device(check, &written, &[("x".into(), &x)])?
     };
     let key = stochastic.then(|| Key::new(seed, Stream::Quantize, tensor_id, step));
     let rounding = Rounding { format, group_size, key };
-    dispatch(py, OP, device, |threads| {
+    let args = Quantization { x, codes, scale, zero_point, nonfinite, rounding };
+    let cpu = |args: &mut Quantization, threads| {
+        let Quantization { x, codes, scale, zero_point, nonfinite, rounding } = args;
         // SAFETY: contiguous, on the CPU, of these dtypes, and disjoint: all checked above.
         let (codes, scale, zero_point) = unsafe {
             (
-                bytes_mut(&mut codes),
+                bytes_mut(codes),
                 scale.as_mut_slice(),
                 zero_point.as_mut().map(|t| t.as_mut_slice()).unwrap_or_default(),
             )
         };
-        match_float!(x, OP, |T| {
+        let replaced = match_float!(x, OP, |T| {
             // SAFETY: contiguous, on the CPU, of dtype T; no output overlaps it.
             let x = unsafe { x.as_slice::<T>() };
-            Ok(cpu::quantize_blockwise(threads, x, rounding, codes, scale, zero_point))
-        })
-    })
+            Ok(cpu::quantize_blockwise(threads, x, *rounding, codes, scale, zero_point))
+        })?;
+        // SAFETY: as the others.
+        unsafe { count(nonfinite, replaced) };
+        Ok(())
+    };
+    dispatch(py, OP, device, args, cpu, cuda::quantize_blockwise)
+}
+
+/// The arguments of one dequantization.
+pub struct Dequantization {
+    codes: TensorView,
+    scale: TensorView,
+    zero_point: Option<TensorView>,
+    out: TensorViewMut,
+    format: Format,
+    group_size: usize,
 }
 
 /// Writes the values behind `codes` into `out`, the inverse of `quantize_blockwise`.
@@ -158,7 +208,7 @@ pub fn dequantize_blockwise(
     let codes = check.input("codes", codes)?;
     let scale = check.input("scale", scale)?;
     let zero_point = zero_point.map(|arg| check.input("zero_point", arg)).transpose()?;
-    let mut out = check.output("out", out)?;
+    let out = check.output("out", out)?;
     check.float("out", &out)?;
     check_codes(check, &codes, &out, format)?;
     check_grids(check, &scale, zero_point.as_ref(), out.numel(), group_size)?;
@@ -169,22 +219,26 @@ pub fn dequantize_blockwise(
         check.contiguous(*name, t)?;
     }
     let device = one_device(check, &[("out".into(), &out)], &read)?;
-    dispatch(py, OP, device, |threads| {
+    let args = Dequantization { codes, scale, zero_point, out, format, group_size };
+    let cpu = |args: &mut Dequantization, threads| {
+        let Dequantization { codes, scale, zero_point, out, format, group_size } = args;
         // SAFETY: contiguous, on the CPU, of these dtypes, and not overlapping `out`.
         let (codes, scale, zero_point) = unsafe {
             (
-                bytes(&codes),
+                bytes(codes),
                 scale.as_slice(),
                 zero_point.as_ref().map(|t| t.as_slice()).unwrap_or_default(),
             )
         };
+        let (format, size) = (*format, *group_size);
         match_float!(out, OP, |T| {
             // SAFETY: contiguous, on the CPU, of dtype T, and disjoint from the inputs.
             let out = unsafe { out.as_mut_slice::<T>() };
-            cpu::dequantize_blockwise(threads, codes, scale, zero_point, format, group_size, out);
+            cpu::dequantize_blockwise(threads, codes, scale, zero_point, format, size, out);
             Ok(())
         })
-    })
+    };
+    dispatch(py, OP, device, args, cpu, cuda::dequantize_blockwise)
 }
 
 /// Packs 4-bit codes (uint8, 0 to 15) two to the byte, the first in the low nibble.
@@ -192,18 +246,19 @@ pub fn dequantize_blockwise(
 pub fn pack_int4(py: Python<'_>, codes: Arg, packed: Arg) -> PyResult<()> {
     const OP: &str = "pack_int4";
     let check = Check { op: OP };
-    let (codes, mut packed) = (check.input("codes", codes)?, check.output("packed", packed)?);
+    let (codes, packed) = (check.input("codes", codes)?, check.output("packed", packed)?);
     check.dtype("codes", &codes, DType::U8)?;
     check.dtype("packed", &packed, DType::U8)?;
     check.contiguous("codes", &codes)?;
     check.shape("packed", &packed, &[codes.numel().div_ceil(2)])?;
     let device = one_device(check, &[("packed".into(), &packed)], &[("codes".into(), &codes)])?;
-    dispatch(py, OP, device, |_| {
+    let cpu = |(codes, packed): &mut (TensorView, TensorViewMut), _| {
         // SAFETY: contiguous uint8 on the CPU, and disjoint.
         let (codes, packed) = unsafe { (codes.as_slice(), packed.as_mut_slice()) };
         pack::pack(codes, 0, packed);
         Ok(())
-    })
+    };
+    dispatch(py, OP, device, (codes, packed), cpu, cuda::pack_int4)
 }
 
 /// Unpacks what `pack_int4` packed; the number of codes is that of `codes`.
@@ -211,18 +266,19 @@ pub fn pack_int4(py: Python<'_>, codes: Arg, packed: Arg) -> PyResult<()> {
 pub fn unpack_int4(py: Python<'_>, packed: Arg, codes: Arg) -> PyResult<()> {
     const OP: &str = "unpack_int4";
     let check = Check { op: OP };
-    let (packed, mut codes) = (check.input("packed", packed)?, check.output("codes", codes)?);
+    let (packed, codes) = (check.input("packed", packed)?, check.output("codes", codes)?);
     check.dtype("packed", &packed, DType::U8)?;
     check.dtype("codes", &codes, DType::U8)?;
     check.contiguous("packed", &packed)?;
     check.shape("packed", &packed, &[codes.numel().div_ceil(2)])?;
     let device = one_device(check, &[("codes".into(), &codes)], &[("packed".into(), &packed)])?;
-    dispatch(py, OP, device, |_| {
+    let cpu = |(packed, codes): &mut (TensorView, TensorViewMut), _| {
         // SAFETY: contiguous uint8 on the CPU, and disjoint.
         let (packed, codes) = unsafe { (packed.as_slice(), codes.as_mut_slice()) };
         pack::unpack(packed, 0, codes);
         Ok(())
-    })
+    };
+    dispatch(py, OP, device, (packed, codes), cpu, cuda::unpack_int4)
 }
 
 /// Rounds float32 `x` stochastically into bfloat16 `out` of the same shape.
@@ -237,19 +293,20 @@ pub fn round_bf16_stochastic(
 ) -> PyResult<()> {
     const OP: &str = "round_bf16_stochastic";
     let check = Check { op: OP };
-    let (x, mut out) = (check.input("x", x)?, check.output("out", out)?);
+    let (x, out) = (check.input("x", x)?, check.output("out", out)?);
     check.dtype("x", &x, DType::F32)?;
     check.dtype("out", &out, DType::BF16)?;
     check.contiguous("x", &x)?;
     check.shape("out", &out, x.shape())?;
     let device = one_device(check, &[("out".into(), &out)], &[("x".into(), &x)])?;
     let key = Key::new(seed, Stream::Bfloat16, tensor_id, step);
-    dispatch(py, OP, device, |threads| {
+    let cpu = |(x, out, key): &mut (TensorView, TensorViewMut, Key), threads| {
         // SAFETY: contiguous, on the CPU, of these dtypes, and disjoint.
         let (x, out) = unsafe { (x.as_slice::<f32>(), out.as_mut_slice::<bf16>()) };
-        bfloat16::round_bf16_stochastic(threads, x, key, out);
+        bfloat16::round_bf16_stochastic(threads, x, *key, out);
         Ok(())
-    })
+    };
+    dispatch(py, OP, device, (x, out, key), cpu, cuda::round_bf16_stochastic)
 }
 
 /// The one device of a call whose written tensors overlap nothing.

@@ -40,8 +40,9 @@ pub enum Stream {
     Sketch = 2,
 }
 
-/// Everything a random number depends on, besides the element's index.
+/// Everything a random number depends on, besides the element's index. Laid out as the kernels' own.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 pub struct Key {
     key: [u32; 2],
     tensor_id: u32,
@@ -53,6 +54,16 @@ impl Key {
         // An odd multiplier keeps the map from seeds to keys one-to-one within a stream.
         let mixed = seed ^ (stream as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         Self { key: [mixed as u32, (mixed >> 32) as u32], tensor_id, step }
+    }
+
+    /// The part that depends on seed and stream only.
+    pub fn seed_words(self) -> [u32; 2] {
+        self.key
+    }
+
+    /// Tensor id and step.
+    pub fn counter_words(self) -> (u32, u32) {
+        (self.tensor_id, self.step)
     }
 
     /// The four words at `counter`.

@@ -70,6 +70,20 @@ impl Check {
         })
     }
 
+    /// A tensor of one element, whatever its number of dimensions.
+    pub fn scalar(&self, name: &'static str, t: &TensorView, want: DType) -> Result<()> {
+        self.dtype(name, t, want)?;
+        if t.numel() == 1 {
+            return Ok(());
+        }
+        Err(Error::Rank {
+            op: self.op,
+            name: name.into(),
+            expected: "one element",
+            got: t.shape().to_vec(),
+        })
+    }
+
     /// The shape of a matrix.
     pub fn matrix(&self, name: impl Into<Name>, t: &TensorView) -> Result<(usize, usize)> {
         match *t.shape() {

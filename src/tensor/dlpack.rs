@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use pyo3::inspect::PyStaticExpr;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyType};
 use pyo3::{ffi, intern};
 
 use super::{Arg, DType, Device, MAX_RANK, TensorView};
@@ -65,9 +65,12 @@ struct ExchangeTable {
     _allocate: *const c_void,
     _managed_from_py: *const c_void,
     _managed_to_py: *const c_void,
-    view_from_py: Option<unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> c_int>,
-    _current_stream: *const c_void,
+    view_from_py: Option<ViewFromPy>,
+    current_stream: Option<CurrentStream>,
 }
+
+type ViewFromPy = unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> c_int;
+type CurrentStream = unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int;
 
 const KDL_CPU: i32 = 1;
 const KDL_CUDA: i32 = 2;
@@ -77,7 +80,9 @@ struct Torch {
     tensor: Py<PyAny>,
     parameter: Py<PyAny>,
     get_num_threads: Py<PyAny>,
-    view_from_py: Option<unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> c_int>,
+    out_of_memory: Py<PyType>,
+    view_from_py: Option<ViewFromPy>,
+    current_stream: Option<CurrentStream>,
 }
 
 static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
@@ -86,19 +91,20 @@ fn torch(py: Python<'_>) -> PyResult<&Torch> {
     TORCH.get_or_try_init(py, || {
         let module = py.import("torch")?;
         let tensor = module.getattr("Tensor")?;
+        let table = exchange_table(&tensor)?;
         Ok(Torch {
             parameter: module.getattr("nn")?.getattr("Parameter")?.unbind(),
             get_num_threads: module.getattr("get_num_threads")?.unbind(),
-            view_from_py: exchange_table(&tensor)?,
+            out_of_memory: module.getattr("OutOfMemoryError")?.cast_into()?.unbind(),
+            view_from_py: table.and_then(|table| table.view_from_py),
+            current_stream: table.and_then(|table| table.current_stream),
             tensor: tensor.unbind(),
         })
     })
 }
 
-/// The borrowing entry of the type's exchange table, where it has one of the version known here.
-fn exchange_table(
-    tensor_type: &Bound<'_, PyAny>,
-) -> PyResult<Option<unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> c_int>> {
+/// The type's exchange table, where it has one of the version known here.
+fn exchange_table(tensor_type: &Bound<'_, PyAny>) -> PyResult<Option<&'static ExchangeTable>> {
     let Ok(capsule) = tensor_type.getattr("__dlpack_c_exchange_api__") else { return Ok(None) };
     // SAFETY: `capsule` is a live object; a wrong kind or name sets an exception and gives null.
     let table =
@@ -110,12 +116,35 @@ fn exchange_table(
     // SAFETY: the version comes first in every revision of the table, which is static data.
     let major = unsafe { (*table).version.major };
     // SAFETY: version 1 of the table has this layout.
-    Ok(if major == 1 { unsafe { (*table).view_from_py } } else { None })
+    Ok((major == 1).then(|| unsafe { &*table }))
 }
 
 /// The number of threads PyTorch allows itself.
 pub fn torch_num_threads(py: Python<'_>) -> PyResult<usize> {
     torch(py)?.get_num_threads.call0(py)?.extract(py)
+}
+
+/// PyTorch's current stream of a CUDA device, as the driver's pointer.
+pub fn current_stream(py: Python<'_>, ordinal: usize) -> PyResult<usize> {
+    if let (Some(query), Ok(id)) = (torch(py)?.current_stream, i32::try_from(ordinal)) {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `raw` is writable.
+        if unsafe { query(KDL_CUDA, id, &mut raw) } == 0 {
+            return Ok(raw as usize);
+        }
+        // What went wrong is found again below, in Python's words.
+        drop(PyErr::take(py));
+    }
+    let stream = py.import("torch.cuda")?.call_method1("current_stream", (ordinal,))?;
+    stream.getattr("cuda_stream")?.extract()
+}
+
+/// PyTorch's exception for exhausted memory of a device, which training loops know how to catch.
+pub fn out_of_memory(text: String) -> PyErr {
+    Python::attach(|py| match torch(py) {
+        Ok(torch) => PyErr::from_type(torch.out_of_memory.bind(py).clone(), text),
+        Err(error) => error,
+    })
 }
 
 impl<'a, 'py> FromPyObject<'a, 'py> for Arg {
@@ -175,10 +204,16 @@ fn from_capsule(object: Borrowed<'_, '_, PyAny>) -> PyResult<Borrow> {
     let py = object.py();
     let options = PyDict::new(py);
     options.set_item(intern!(py, "max_version"), (1, 0))?;
+    if let Some(stream) = stream_for(object) {
+        options.set_item(intern!(py, "stream"), stream)?;
+    }
     let method = object.getattr(intern!(py, "__dlpack__"))?;
     let capsule = match method.call((), Some(&options)) {
         // Producers from before DLPack 1.0 know no `max_version`.
-        Err(error) if error.is_instance_of::<pyo3::exceptions::PyTypeError>(py) => method.call0(),
+        Err(error) if error.is_instance_of::<pyo3::exceptions::PyTypeError>(py) => {
+            options.del_item(intern!(py, "max_version"))?;
+            method.call((), Some(&options))
+        }
         other => other,
     };
     let capsule = match capsule {
@@ -202,6 +237,18 @@ fn from_capsule(object: Borrowed<'_, '_, PyAny>) -> PyResult<Borrow> {
         return Ok(describe(&managed.tensor, false, owner));
     }
     Ok(Err("its __dlpack__ gave no DLPack capsule".into()))
+}
+
+/// The stream that a producer on a CUDA device has to be ready for; 1 is the protocol's name for the
+/// default one.
+fn stream_for(object: Borrowed<'_, '_, PyAny>) -> Option<usize> {
+    let py = object.py();
+    let device = object.call_method0(intern!(py, "__dlpack_device__")).ok()?;
+    match device.extract::<(i32, i32)>().ok()? {
+        // Where there is no stream, dispatching says why.
+        (KDL_CUDA, id) => current_stream(py, usize::try_from(id).ok()?).ok().map(|raw| raw.max(1)),
+        _ => None,
+    }
 }
 
 fn capsule_pointer(capsule: &Bound<'_, PyAny>, name: &CStr) -> Option<*const c_void> {

@@ -10,7 +10,7 @@ use std::fmt;
 use pyo3::{Py, PyAny};
 
 pub use check::Check;
-pub use dlpack::torch_num_threads;
+pub use dlpack::{current_stream, out_of_memory, torch_num_threads};
 pub use dtype::{DType, Element, Float};
 pub use floats::{Floats, FloatsMut};
 
@@ -150,6 +150,11 @@ impl std::ops::Deref for TensorViewMut {
 }
 
 impl TensorViewMut {
+    /// The address of the first element.
+    pub fn ptr_mut(&mut self) -> *mut u8 {
+        self.0.data
+    }
+
     /// The elements as a mutable slice.
     ///
     /// # Safety

@@ -17,7 +17,9 @@ def outputs(count=8):
 
 
 def quantize(x, codes, scale, zero_point):
-    return _core.quantize_blockwise(x, codes, scale, zero_point, 8, False, 256, 0, 0, 0)
+    counter = np.zeros(1, np.int64)
+    _core.quantize_blockwise(x, codes, scale, zero_point, counter, 8, False, 256, 0, 0, 0)
+    return counter[0]
 
 
 class Forward:

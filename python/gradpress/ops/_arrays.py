@@ -52,6 +52,13 @@ def empty_like_kind(x: Array, shape: Sequence[int], dtype: str) -> Array:
     return np.empty(tuple(shape), dtype=dtype)
 
 
+def new_counter(x: Array) -> Array:
+    """An int64 zero of one element, of `x`'s kind and device, for kernels to count in."""
+    if isinstance(x, torch.Tensor):
+        return torch.zeros(1, dtype=torch.int64, device=x.device)
+    return np.zeros(1, dtype=np.int64)
+
+
 def contiguous(x: Array) -> Array:
     """`x`, or a copy of it when its elements do not lie in order."""
     if isinstance(x, torch.Tensor):

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from gradpress import _core
-from gradpress.ops._arrays import Array, check_array, contiguous, empty_like_kind, numel
+from gradpress.ops._arrays import (
+    Array,
+    check_array,
+    contiguous,
+    empty_like_kind,
+    new_counter,
+    numel,
+)
 
 #: Elements of a state that share a scale, by the bits of its codes.
 BLOCK_SIZES = {8: 256, 4: 128}
@@ -51,7 +58,7 @@ def quantize_dynamic(
     Returns:
         Codes (uint8, the shape of `x`; for 4 bits ``[ceil(numel / 2)]``, the first of a pair in
         the low nibble), scales (float32, the largest magnitude of each block), and the number of
-        values that were NaN or infinite.
+        values that were NaN or infinite, for which this function waits.
 
     Raises:
         TypeError: `x` is no tensor of these dtypes.
@@ -62,8 +69,9 @@ def quantize_dynamic(
     x = contiguous(check_array(op, "x", x))
     codes = empty_like_kind(x, stored_shape(tuple(x.shape), bits), "uint8")
     scale = empty_like_kind(x, (-(-numel(x) // max(size, 1)),), "float32")
-    nonfinite = _core.quantize_dynamic(x, codes, scale, signed, bits, size)
-    return codes, scale, nonfinite
+    nonfinite = new_counter(x)
+    _core.quantize_dynamic(x, codes, scale, nonfinite, signed, bits, size)
+    return codes, scale, int(nonfinite[0])
 
 
 def dequantize_dynamic(

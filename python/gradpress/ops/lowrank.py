@@ -62,6 +62,7 @@ def project_back_add(
     seed: int = 0,
     tensor_ids: Sequence[int],
     steps: Sequence[int],
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """``params = params * (1 - decay) + scale * back(updates)``, in place, rounded once.
 
@@ -75,12 +76,22 @@ def project_back_add(
         seed: Key of the random numbers, with `tensor_ids` and `steps`.
         tensor_ids: One for each parameter.
         steps: One for each parameter.
+        found_inf: float32 of one element: where it is not zero nothing is written.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing is written.
     """
     _core.project_back_add(
-        params, updates, bases, scale, decay, stochastic_rounding, seed, tensor_ids, steps
+        params,
+        updates,
+        bases,
+        scale,
+        decay,
+        stochastic_rounding,
+        seed,
+        tensor_ids,
+        steps,
+        found_inf,
     )
     written(params)
 
@@ -101,6 +112,7 @@ def project_back_requantize(
     seed: int = 0,
     tensor_ids: Sequence[int],
     steps: Sequence[int],
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Updates quantized weights in one pass: dequantize, decay, add, find the grid, round.
 
@@ -123,6 +135,7 @@ def project_back_requantize(
         seed: Key of the random numbers, with `tensor_ids` and `steps`.
         tensor_ids: One for each weight.
         steps: One for each weight.
+        found_inf: float32 of one element: where it is not zero nothing is written.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing is written.
@@ -142,6 +155,7 @@ def project_back_requantize(
         seed,
         tensor_ids,
         steps,
+        found_inf,
     )
     written(t for tensors in (codes, scales, zero_points) for t in tensors)
 

@@ -12,6 +12,13 @@ from gradpress.ops._arrays import written
 Tensors = Sequence[torch.Tensor]
 
 
+def _scales(grad_scale: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """The part of the scale that is a number, and the part that only the device knows."""
+    if isinstance(grad_scale, torch.Tensor):
+        return 1.0, grad_scale
+    return grad_scale, None
+
+
 def adamw_blockwise_step(
     params: Tensors,
     grads: Tensors,
@@ -29,7 +36,8 @@ def adamw_blockwise_step(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: float | torch.Tensor = 1.0,
+    found_inf: torch.Tensor | None = None,
     stochastic_rounding: bool = True,
     seed: int = 0,
     bits: int = 8,
@@ -55,7 +63,10 @@ def adamw_blockwise_step(
         eps: Added to the denominator.
         weight_decay: Decoupled decay, times the learning rate.
         maximize: Ascend.
-        grad_scale: Gradients are divided by it.
+        grad_scale: Gradients are divided by it: a number, or a float32 tensor of one element on
+            the tensors' device, as `torch.amp.GradScaler` sets it. Nobody waits for its value.
+        found_inf: float32 of one element on the tensors' device: where it is not zero nothing is
+            written.
         stochastic_rounding: How bfloat16 parameters are rounded.
         seed: Key of the random numbers.
         bits: 8 or 4: of the codes.
@@ -65,6 +76,7 @@ def adamw_blockwise_step(
         TypeError, ValueError, NotImplementedError: an argument does not fit; nothing is written.
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
+    number, tensor = _scales(grad_scale)
     _core.adamw_blockwise_step(
         params,
         grads,
@@ -78,11 +90,13 @@ def adamw_blockwise_step(
         eps,
         weight_decay,
         maximize,
-        grad_scale,
+        number,
         stochastic_rounding,
         seed,
         bits,
         block_size,
+        tensor,
+        found_inf,
     )
     written(t for tensors in (params, *states) for t in tensors)
 
@@ -102,11 +116,13 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: float | torch.Tensor = 1.0,
+    found_inf: torch.Tensor | None = None,
     stochastic_rounding: bool = True,
     seed: int = 0,
 ) -> None:
     """:func:`adamw_blockwise_step` with float32 moments `exp_avg` and `exp_avg_sq`."""
+    number, tensor = _scales(grad_scale)
     _core.adamw_step(
         params,
         grads,
@@ -121,9 +137,11 @@ def adamw_step(
         eps,
         weight_decay,
         maximize,
-        grad_scale,
+        number,
         stochastic_rounding,
         seed,
+        tensor,
+        found_inf,
     )
     written(t for tensors in (params, exp_avg, exp_avg_sq) for t in tensors)
 
@@ -142,7 +160,8 @@ def adamw_blockwise_direction(
     beta2: float,
     eps: float,
     maximize: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: float | torch.Tensor = 1.0,
+    found_inf: torch.Tensor | None = None,
     bits: int = 8,
     block_size: int = 256,
 ) -> None:
@@ -152,6 +171,7 @@ def adamw_blockwise_direction(
     is not finite.
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
+    number, tensor = _scales(grad_scale)
     _core.adamw_blockwise_direction(
         grads,
         *states,
@@ -162,9 +182,11 @@ def adamw_blockwise_direction(
         beta2,
         eps,
         maximize,
-        grad_scale,
+        number,
         bits,
         block_size,
+        tensor,
+        found_inf,
     )
     written(t for tensors in (grads, *states) for t in tensors)
 
@@ -181,10 +203,24 @@ def adamw_direction(
     beta2: float,
     eps: float,
     maximize: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: float | torch.Tensor = 1.0,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """:func:`adamw_blockwise_direction` with float32 moments."""
+    number, tensor = _scales(grad_scale)
     _core.adamw_direction(
-        grads, exp_avg, exp_avg_sq, steps, nonfinite, lr, beta1, beta2, eps, maximize, grad_scale
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        steps,
+        nonfinite,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        maximize,
+        number,
+        tensor,
+        found_inf,
     )
     written(t for tensors in (grads, exp_avg, exp_avg_sq) for t in tensors)

@@ -11,6 +11,7 @@ from gradpress.ops._arrays import (
     contiguous,
     dtype_name,
     empty_like_kind,
+    new_counter,
     numel,
     written,
 )
@@ -98,6 +99,8 @@ def quantize_blockwise(
 ) -> Quantized:
     """Quantizes in groups of consecutive elements; see :func:`gradpress.quant.quantize`.
 
+    The kernel counts on the device; this function waits for the count.
+
     Args:
         x: float32, float16 or bfloat16, any shape; a copy is made when it is not contiguous.
         bits: 4 or 8.
@@ -119,10 +122,11 @@ def quantize_blockwise(
     check_seed(op, seed)
     x = contiguous(check_array(op, "x", x))
     codes, scale, zero_point = allocate_codes(x, tuple(x.shape), bits, group_size, symmetric)
-    nonfinite = _core.quantize_blockwise(
-        x, codes, scale, zero_point, bits, stochastic, group_size, seed, tensor_id, step
+    nonfinite = new_counter(x)
+    _core.quantize_blockwise(
+        x, codes, scale, zero_point, nonfinite, bits, stochastic, group_size, seed, tensor_id, step
     )
-    return Quantized(codes, scale, zero_point, nonfinite)
+    return Quantized(codes, scale, zero_point, int(nonfinite[0]))
 
 
 def dequantize_blockwise(

@@ -1,4 +1,10 @@
-"""What the native core says about itself, and the instruction set it uses."""
+"""What the native core says about itself, and what it uses: instruction sets, CUDA devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
 
 from gradpress import _core
 
@@ -32,3 +38,75 @@ def set_simd_level(level: str) -> None:
         ValueError: the processor does not offer it.
     """
     _core.set_simd_level(level)
+
+
+def cuda_status() -> str:
+    """CUDA devices, driver and compiler as text, or what is missing of them; never raises."""
+    return _core.cuda_status()
+
+
+def warmup(device: torch.device | str | int | None = None) -> None:
+    """Compiles and loads all kernels for a CUDA device, so that no later call has to.
+
+    Without it a kernel is compiled when it is first needed, which takes a fraction of a second, or
+    comes from the cache (``$GRADPRESS_CACHE_DIR``, else ``$XDG_CACHE_HOME/gradpress``, else
+    ``~/.cache/gradpress``). Call it before capturing a CUDA graph: nothing can be loaded then.
+
+    Args:
+        device: As PyTorch names it; the current CUDA device when left out.
+
+    Raises:
+        RuntimeError: there is no such device, or no driver or compiler for it.
+        ValueError: `device` is no CUDA device.
+    """
+    named = torch.device("cuda", device) if isinstance(device, int) else device
+    chosen = torch.device("cuda" if named is None else named)
+    if chosen.type != "cuda":
+        raise ValueError(f"warmup: device must be a CUDA device, got {chosen}")
+    index = chosen.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    _core.warmup(index)
+
+
+def compile_kernels(
+    architecture: str, files: Sequence[str] | None = None
+) -> list[tuple[str, list[str], int]]:
+    """Compiles kernels for an architecture into the cache; needs NVRTC, but no device.
+
+    Args:
+        architecture: As in ``"sm_90"``.
+        files: Of ``kernels/``, as in ``"quant.cu"``; all of them when left out.
+
+    Returns:
+        File, defines, and size in bytes of every module.
+
+    Raises:
+        RuntimeError: NVRTC is missing, or does not know the architecture.
+        ValueError: `architecture` is not written like that, or there is no such file.
+    """
+    number = architecture.removeprefix("sm_")
+    if not number.isdecimal():
+        raise ValueError(
+            f'compile_kernels: architecture must be like "sm_90", got {architecture!r}'
+        )
+    return _core.compile_kernels(int(number), None if files is None else list(files))
+
+
+def set_emulator(
+    build: Callable[[str, list[str]], str] | None,
+    *,
+    order: int = 0,
+    seed: int = 0,
+    list_capacity: int = 400,
+) -> None:
+    """Makes ops on CPU tensors take their CUDA half, on kernels compiled for the CPU: for tests.
+
+    Args:
+        build: Called with a file of ``kernels/`` and defines; returns the path of a library that
+            ``tests/emulator/build.py`` made. None switches back.
+        order: Which thread goes on where several can; see ``tests/emulator/README.md``.
+        seed: For random orders.
+        list_capacity: How many tensors one launch takes.
+    """
+    _core.set_emulator(build, order, seed, list_capacity)

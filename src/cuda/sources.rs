@@ -1,0 +1,69 @@
+//! The CUDA sources, embedded, so that a wheel needs neither files nor a toolkit.
+
+/// A file under `kernels/`.
+pub struct Source {
+    /// Its path there, which is what an `#include` and a message call it.
+    pub file: &'static str,
+    pub text: &'static str,
+}
+
+macro_rules! sources {
+    ($folder:literal: $($file:literal),* $(,)?) => {
+        &[$(Source {
+            file: $file,
+            text: include_str!(concat!("../../kernels/", $folder, $file)),
+        }),*]
+    };
+}
+
+/// One compiled module each, for every set of defines.
+pub static KERNELS: &[Source] = sources!["":
+    "direction.cu",
+    "dynamic.cu",
+    "optim.cu",
+    "quant.cu",
+    "update.cu",
+];
+
+/// What they include; NVRTC brings no headers of its own.
+pub static HEADERS: &[Source] = sources!["include/":
+    "adamw.cuh",
+    "element.cuh",
+    "grid.cuh",
+    "list.cuh",
+    "map4bit.cuh",
+    "map8bit.cuh",
+    "map_tables.cuh",
+    "maps.cuh",
+    "pack.cuh",
+    "philox.cuh",
+    "reduce.cuh",
+    "tile.cuh",
+];
+
+/// The source of a module.
+pub fn find(file: &str) -> Option<&'static Source> {
+    KERNELS.iter().find(|source| source.file == file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_include_is_embedded() {
+        for source in KERNELS.iter().chain(HEADERS) {
+            for line in source.text.lines().filter_map(|line| line.strip_prefix("#include ")) {
+                let name = line.trim_matches('"');
+                let found = HEADERS.iter().any(|header| header.file == name);
+                assert!(found, "{} includes {line}", source.file);
+            }
+        }
+    }
+
+    #[test]
+    fn sources_are_found_by_name() {
+        assert!(find("quant.cu").is_some_and(|source| source.text.contains("__global__")));
+        assert!(find("nothing.cu").is_none());
+    }
+}
