@@ -52,8 +52,3 @@ where
         }
     }
 }
-
-/// The CUDA half of an op that has none yet.
-pub fn no_kernel<A, T>(_: &mut A, stream: &Stream) -> Result<T> {
-    Err(stream.missing())
-}

@@ -61,8 +61,6 @@ pub enum Error {
     Value { op: &'static str, name: &'static str, expected: String, got: String },
     #[error("{op}: not implemented for {dtype} on {device}")]
     Unsupported { op: &'static str, device: Device, dtype: DType },
-    #[error("{op}: not implemented on {device}; move the tensors to the CPU")]
-    NoKernel { op: &'static str, device: &'static str },
     #[error("{op}: {what}")]
     Runtime { op: &'static str, what: String },
     #[error("{op}: {what}")]
@@ -82,9 +80,7 @@ impl From<Error> for PyErr {
             | Error::Overlap { .. }
             | Error::DeviceMismatch { .. }
             | Error::Value { .. } => PyValueError::new_err(text),
-            Error::Unsupported { .. } | Error::NoKernel { .. } => {
-                PyNotImplementedError::new_err(text)
-            }
+            Error::Unsupported { .. } => PyNotImplementedError::new_err(text),
             Error::Runtime { .. } => PyRuntimeError::new_err(text),
             Error::OutOfMemory { .. } => out_of_memory(text),
         }

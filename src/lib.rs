@@ -17,7 +17,10 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::lowrank::{project, project_back_add, project_back_requantize, refresh_basis, svd};
+    use crate::lowrank::{
+        project, project_back_add, project_back_requantize, project_back_requantize_workspace,
+        project_workspace, refresh_basis, refresh_basis_workspace, svd, svd_workspace,
+    };
     #[pymodule_export]
     use crate::optim::{
         adamw_blockwise_direction, adamw_blockwise_step, adamw_direction, adamw_step,
@@ -29,7 +32,7 @@ mod _core {
     };
     #[pymodule_export]
     use crate::runtime::{
-        compile_kernels, cuda_status, set_emulator, set_simd_level, simd_level, simd_levels,
-        version, warmup,
+        compile_kernels, cuda_status, kernel_modules, set_emulator, set_simd_level, simd_level,
+        simd_levels, version, warmup,
     };
 }

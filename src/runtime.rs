@@ -10,7 +10,7 @@ use crate::cuda::emulator::{self, Emulator};
 use crate::cuda::{self, Module, Stream};
 use crate::dispatch::dispatch;
 use crate::tensor::{Check, Device};
-use crate::{optim, quant};
+use crate::{lowrank, optim, quant};
 
 /// The instruction set the CPU kernels use: "scalar", "avx2" or "avx512".
 #[pyfunction]
@@ -50,7 +50,24 @@ pub fn cuda_status(py: Python<'_>) -> String {
 
 /// Every module with kernels of it; some modules come twice.
 fn kernels() -> Vec<(Module, &'static [&'static str])> {
-    [quant::cuda::kernels(), optim::cuda::kernels()].concat()
+    [quant::cuda::kernels(), optim::cuda::kernels(), lowrank::cuda::kernels()].concat()
+}
+
+/// Every module that the CUDA halves of the ops may need: file of `kernels/`, defines, kernels.
+#[pyfunction]
+pub fn kernel_modules() -> Vec<(String, Vec<String>, Vec<String>)> {
+    let mut list: Vec<(Module, Vec<String>)> = Vec::new();
+    for (module, names) in kernels() {
+        let names = names.iter().map(ToString::to_string);
+        match list.iter_mut().find(|(known, _)| *known == module) {
+            Some((_, known)) => known.extend(names),
+            None => list.push((module, names.collect())),
+        }
+    }
+    let text = |(module, names): (Module, _)| {
+        (module.file.into(), module.defines(cuda::DEFAULT_LIST_CAPACITY), names)
+    };
+    list.into_iter().map(text).collect()
 }
 
 /// Compiles and loads all kernels for CUDA device `ordinal`.

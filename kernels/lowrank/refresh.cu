@@ -252,6 +252,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) numbers[ENERGY] = min(1.0, captured / numbers[SQUARE_NORM]);
 }
 
+// What the caller reads: status, cosine, energy. One block of 32.
+extern "C" __global__ void __launch_bounds__(32)
+    refresh_outcome(const int* __restrict__ flags, const double* __restrict__ numbers,
+                    double* __restrict__ outcome) {
+    if (threadIdx.x > 0) return;
+    outcome[0] = double(flags[STATUS]);
+    outcome[1] = numbers[COSINE];
+    outcome[2] = numbers[ENERGY];
+}
+
 // The results of an SVD of an [m, n] matrix from the singular vectors of the upright one, in the
 // order of their singular values: z [short, width] right ones, `left` [long, width]. Writes u
 // [m, rank], s [rank], vh [rank, n]. A block of 32 x 8 threads for each 32 columns.

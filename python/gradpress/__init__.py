@@ -2,7 +2,7 @@
 
 Train large networks in little memory (:mod:`gradpress.optim`, :mod:`gradpress.nn`), and make
 tensors small (:mod:`gradpress.quant`, :mod:`gradpress.lowrank`), by kernels written in Rust that
-work in place on the caller's tensors.
+work in place on the caller's tensors, on the CPU and on CUDA devices.
 """
 
 # Tensors cross the border through PyTorch's own exchange table, so it has to be there first.
@@ -10,6 +10,17 @@ import torch as _torch  # noqa: F401
 
 from gradpress import environment, lowrank, memory, nn, ops, optim, quant
 from gradpress.ops.runtime import core_version as _core_version
+from gradpress.ops.runtime import warmup
 
 __version__ = _core_version()
-__all__ = ["__version__", "environment", "lowrank", "memory", "nn", "ops", "optim", "quant"]
+__all__ = [
+    "__version__",
+    "environment",
+    "lowrank",
+    "memory",
+    "nn",
+    "ops",
+    "optim",
+    "quant",
+    "warmup",
+]

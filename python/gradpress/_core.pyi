@@ -14,19 +14,24 @@ __all__ = [
     "cuda_status",
     "dequantize_blockwise",
     "dequantize_dynamic",
+    "kernel_modules",
     "pack_int4",
     "project",
     "project_back_add",
     "project_back_requantize",
+    "project_back_requantize_workspace",
+    "project_workspace",
     "quantize_blockwise",
     "quantize_dynamic",
     "refresh_basis",
+    "refresh_basis_workspace",
     "round_bf16_stochastic",
     "set_emulator",
     "set_simd_level",
     "simd_level",
     "simd_levels",
     "svd",
+    "svd_workspace",
     "unpack_int4",
     "version",
     "warmup",
@@ -165,6 +170,11 @@ def dequantize_dynamic(
     Writes the values behind dynamic codes into `out`.
     """
 
+def kernel_modules() -> list[tuple[str, list[str], list[str]]]:
+    """
+    Every module that the CUDA halves of the ops may need: file of `kernels/`, defines, kernels.
+    """
+
 def pack_int4(codes: Any, packed: Any) -> None:
     """
     Packs 4-bit codes (uint8, 0 to 15) two to the byte, the first in the low nibble.
@@ -174,11 +184,18 @@ def project(
     grads: SupportsGetItem[int, Any],
     bases: SupportsGetItem[int, Any],
     outs: SupportsGetItem[int, Any],
+    basis_scales: SupportsGetItem[int, Any] = ...,
+    basis_zero_points: SupportsGetItem[int, Any] = ...,
+    basis_bits: SupportsIndex = 32,
+    basis_group_size: SupportsIndex = 1,
+    workspace: Any | None = None,
 ) -> None:
     """
-    Projects gradients (`[m, n]`) with bases (`[min(m, n), rank]`, float32) into `outs` (float32).
+    Projects gradients (`[m, n]`) with bases (`[min(m, n), rank]`) into `outs` (float32).
 
     For m >= n an output is `grad @ basis`, `[m, rank]`; otherwise `basis.T @ grad`, `[rank, n]`.
+    Bases are float32, or codes of `quantize_blockwise` with `basis_bits` 8 or 4 and their grids.
+    `workspace` (uint8) has the size of `project_workspace` on devices.
     """
 
 def project_back_add(
@@ -192,12 +209,16 @@ def project_back_add(
     tensor_ids: SupportsGetItem[int, SupportsIndex],
     steps: SupportsGetItem[int, SupportsIndex],
     found_inf: Any | None = None,
+    basis_scales: SupportsGetItem[int, Any] = ...,
+    basis_zero_points: SupportsGetItem[int, Any] = ...,
+    basis_bits: SupportsIndex = 32,
+    basis_group_size: SupportsIndex = 1,
 ) -> None:
     """
     `params = params * (1 - decay) + scale * back(update)`, in place, rounded once.
 
     The random numbers' `tensor_ids` and `steps` have an entry for each parameter. Where `found_inf`
-    (one float32) is given and not zero, nothing is written.
+    (one float32) is given and not zero, nothing is written. Bases are those of `project`.
     """
 
 def project_back_requantize(
@@ -216,12 +237,36 @@ def project_back_requantize(
     tensor_ids: SupportsGetItem[int, SupportsIndex],
     steps: SupportsGetItem[int, SupportsIndex],
     found_inf: Any | None = None,
+    basis_scales: SupportsGetItem[int, Any] = ...,
+    basis_zero_points: SupportsGetItem[int, Any] = ...,
+    basis_bits: SupportsIndex = 32,
+    basis_group_size: SupportsIndex = 1,
+    workspace: Any | None = None,
 ) -> None:
     """
     `weights = round(weights * (1 - decay) + scale * back(update))` on quantized weights, in place.
 
     Where `bases` is empty the updates are dense, `[m, n]`. Groups in which nothing changes keep
     their codes and grids bit for bit; where `found_inf` (one float32) is given and not zero, all do.
+    Bases are those of `project`; `workspace` (uint8) has the size of
+    `project_back_requantize_workspace` on devices.
+    """
+
+def project_back_requantize_workspace(
+    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex]],
+    bits: SupportsIndex,
+    group_size: SupportsIndex,
+) -> int:
+    """
+    Bytes of workspace that `project_back_requantize` takes on a device, for rows and columns of each
+    weight; dense updates take none.
+    """
+
+def project_workspace(
+    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex]],
+) -> int:
+    """
+    Bytes of workspace that `project` takes on a device, for rows, columns and rank of each gradient.
     """
 
 def quantize_blockwise(
@@ -266,18 +311,30 @@ def refresh_basis(
     grads: SupportsGetItem[int, Any],
     bases: SupportsGetItem[int, Any],
     vectors: SupportsGetItem[int, Any],
+    outcomes: Any,
     warm: SupportsGetItem[int, bool],
     seed: SupportsIndex,
     tensor_ids: SupportsGetItem[int, SupportsIndex],
     steps: SupportsGetItem[int, SupportsIndex],
-) -> list[tuple[int, float, float]]:
+    workspace: Any | None = None,
+) -> None:
     """
     Finds the projectors of gradients anew.
 
     `bases` (`[min(m, n), rank]`, float32) and `vectors` (`[min(m, n)]`, the leading direction) are
-    read where `warm` says that they hold an earlier basis, and written. Returns for each gradient
-    a status (0 refreshed, 1 zero gradient, 2 kept because of NaN or infinite values), the cosine
-    of the leading directions before and after, and the share of the squared norm captured.
+    read where `warm` says that they hold an earlier basis, and written. So is a row of `outcomes`
+    (`[gradients, 3]`, float64) for each gradient: a status (0 refreshed, 1 zero gradient, 2 kept
+    because of NaN or infinite values), the cosine of the leading directions before and after, and
+    the share of the squared norm captured. `workspace` (uint8) has the size of
+    `refresh_basis_workspace` on devices.
+    """
+
+def refresh_basis_workspace(
+    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex]],
+) -> int:
+    """
+    Bytes of workspace that `refresh_basis` takes on a device, for rows, columns and rank of each
+    gradient.
     """
 
 def round_bf16_stochastic(
@@ -321,13 +378,26 @@ def svd(
     u: Any,
     s: Any,
     vh: Any,
+    outcome: Any,
     n_iter: SupportsIndex,
     oversample: SupportsIndex,
     seed: SupportsIndex,
-) -> bool:
+    workspace: Any | None = None,
+) -> None:
     """
     Randomized SVD of `x` (`[m, n]`): writes `u` (`[m, rank]`), `s` (`[rank]`) and `vh`
-    (`[rank, n]`), float32. Returns whether `x` was finite; nothing is written otherwise.
+    (`[rank, n]`), float32.
+
+    The first element of `outcome` (`[3]`, float64) becomes 0, or 2 where `x` is not finite or no
+    basis could be found, and nothing else is written. `workspace` (uint8) has the size of
+    `svd_workspace` on devices.
+    """
+
+def svd_workspace(
+    rows: SupportsIndex, columns: SupportsIndex, rank: SupportsIndex, oversample: SupportsIndex
+) -> int:
+    """
+    Bytes of workspace that `svd` takes on a device.
     """
 
 def unpack_int4(packed: Any, codes: Any) -> None:

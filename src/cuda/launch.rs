@@ -87,6 +87,49 @@ parameter!(i32 => b'i', i64 => b'i', u32 => b'u', f32 => b'f');
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind(pub u8, pub usize);
 
+/// An address on a stream's device, and the size of what lies there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pointer {
+    address: u64,
+    size: usize,
+}
+
+impl Pointer {
+    /// What a kernel takes for an argument that is missing.
+    pub const NULL: Self = Self { address: 0, size: 0 };
+
+    pub fn new(address: u64, size: usize) -> Self {
+        Self { address, size }
+    }
+
+    pub fn address(self) -> u64 {
+        self.address
+    }
+
+    /// The address `count` elements further on.
+    pub fn after(self, count: usize) -> Self {
+        Self { address: self.address + (count * self.size) as u64, ..self }
+    }
+}
+
+impl From<&TensorView> for Pointer {
+    fn from(tensor: &TensorView) -> Self {
+        Self { address: tensor.ptr() as u64, size: tensor.dtype().size() }
+    }
+}
+
+impl From<&mut TensorViewMut> for Pointer {
+    fn from(tensor: &mut TensorViewMut) -> Self {
+        Self { address: tensor.ptr_mut() as u64, size: tensor.dtype().size() }
+    }
+}
+
+impl<T: Into<Pointer>> From<Option<T>> for Pointer {
+    fn from(tensor: Option<T>) -> Self {
+        tensor.map_or(Self::NULL, Into::into)
+    }
+}
+
 /// The arguments of one launch, in the kernel's order. Values are kept here until the launch, which
 /// copies them.
 #[derive(Default)]
@@ -123,36 +166,30 @@ impl Args {
         self.bytes(Kind(b's', capacity.max(entries.len()) * size_of::<T>()), entries)
     }
 
+    /// A tensor, or what else lies on the device; [`Pointer::NULL`] for one that is missing.
+    pub fn pointer(self, pointer: impl Into<Pointer>) -> Self {
+        let Pointer { address, size } = pointer.into();
+        self.bytes(Kind(b'p', size), &[address])
+    }
+
     /// A tensor that is read.
     pub fn read(self, tensor: &TensorView) -> Self {
-        let kind = Kind(b'p', tensor.dtype().size());
-        self.bytes(kind, &[tensor.ptr() as u64])
+        self.pointer(tensor)
     }
 
     /// A tensor that is written.
     pub fn write(self, tensor: &mut TensorViewMut) -> Self {
-        let kind = Kind(b'p', tensor.dtype().size());
-        self.bytes(kind, &[tensor.ptr_mut() as u64])
+        self.pointer(tensor)
     }
 
     /// A tensor that may be missing.
     pub fn read_some(self, tensor: Option<&TensorView>) -> Self {
-        match tensor {
-            Some(tensor) => self.read(tensor),
-            None => self.null(),
-        }
+        self.pointer(tensor)
     }
 
     /// A written tensor that may be missing.
     pub fn write_some(self, tensor: Option<&mut TensorViewMut>) -> Self {
-        match tensor {
-            Some(tensor) => self.write(tensor),
-            None => self.null(),
-        }
-    }
-
-    fn null(self) -> Self {
-        self.bytes(Kind(b'p', 0), &[0u64])
+        self.pointer(tensor)
     }
 
     /// Appends `values`, with zeros up to the size of the kind where that is greater.
@@ -195,7 +232,12 @@ mod tests {
     #[test]
     fn values_lie_where_the_pointers_say() {
         let list = [Pair(1, 1.5), Pair(2, 2.5)];
-        let args = Args::new().value(-7i32).list(&list, 5).flag(true).null().value(1i64 << 40);
+        let args = Args::new()
+            .value(-7i32)
+            .list(&list, 5)
+            .flag(true)
+            .pointer(Pointer::NULL)
+            .value(1i64 << 40);
         let mut args = args.value(0.5f32);
         let kinds: Vec<_> = args.kinds().collect();
         let want = [(b'i', 4), (b's', 40), (b'i', 4), (b'p', 0), (b'i', 8), (b'f', 4)];

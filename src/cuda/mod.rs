@@ -1,6 +1,7 @@
 //! The CUDA runtime: devices shared with PyTorch, borrowed streams, compiled modules, one launch
 //! path. No algorithm lives here, no memory is allocated on a device, nothing waits for one.
 
+mod arena;
 mod cache;
 mod driver;
 pub mod emulator;
@@ -13,10 +14,11 @@ mod sources;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+pub use arena::Arena;
 use emulator::Emulator;
 use fault::Fault;
-pub use launch::{Args, Module, Parameter, Shape};
+pub use launch::{Args, Module, Parameter, Pointer, Shape};
 
 /// Entries of a list in a kernel's parameters, unless the device takes fewer.
 pub const DEFAULT_LIST_CAPACITY: usize = 400;
@@ -101,15 +103,6 @@ impl Stream {
         });
         done.map_err(|fault| fault.of(self.op))
     }
-
-    /// The error of an op that has no kernels yet.
-    pub fn missing(&self) -> Error {
-        let device = match self.target {
-            Target::Device(_) => "CUDA devices",
-            Target::Emulated(_) => "the emulator of CUDA",
-        };
-        Error::NoKernel { op: self.op, device }
-    }
 }
 
 /// The machine code of a module, from the cache or from the compiler.
@@ -123,7 +116,8 @@ fn image(module: Module, device: u32, list_capacity: usize) -> fault::Result<Vec
     let texts = sources::HEADERS.iter().chain([source]).flat_map(|s| [s.file, s.text]);
     let parts = [env!("CARGO_PKG_VERSION"), &version].into_iter();
     let key = cache::key(parts.chain(options.iter().map(String::as_str)).chain(texts));
-    let name = format!("{}-sm{architecture}-{key}.cubin", file.trim_end_matches(".cu"));
+    let family = file.trim_end_matches(".cu").replace('/', "-");
+    let name = format!("{family}-sm{architecture}-{key}.cubin");
     let path = cache::folder().map(|folder| folder.join(name));
     if let Some(image) = path.as_deref().and_then(cache::load) {
         return Ok(image);

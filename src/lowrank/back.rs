@@ -2,14 +2,13 @@
 
 use pyo3::prelude::*;
 
+use super::bases::{Bases, GivenBases};
 use super::projection::{self, Addition, Factors, Requantization, Update};
-use super::{Side, check_basis, named};
+use super::{Side, check_workspace, cuda, named};
 use crate::cpu::threads::Threads;
-use crate::cuda;
-use crate::dispatch::{dispatch, no_kernel};
+use crate::dispatch::dispatch;
 use crate::error::{Error, Result};
 use crate::quant::cpu::Rounding;
-use crate::quant::cuda::{Weight, requantize_dense};
 use crate::quant::grid::Format;
 use crate::quant::update::Change;
 use crate::quant::{bytes_mut, check_grids, one_device};
@@ -21,15 +20,13 @@ fn check_updates(
     check: Check,
     shapes: &[(usize, usize)],
     updates: &[TensorView],
-    bases: &[TensorView],
+    bases: &Bases,
 ) -> Result<Vec<usize>> {
     check.length("updates", updates.len(), "params", shapes.len())?;
     check.length("bases", bases.len(), "params", shapes.len())?;
     let mut ranks = Vec::with_capacity(shapes.len());
-    for (i, ((&(rows, columns), update), basis)) in
-        shapes.iter().zip(updates).zip(bases).enumerate()
-    {
-        let rank = check_basis(check, i, basis, rows, columns)?;
+    for (i, (&(rows, columns), update)) in shapes.iter().zip(updates).enumerate() {
+        let rank = bases.rank(check, i, rows, columns, (("updates", i).into(), update))?;
         check.dtype(("updates", i), update, DType::F32)?;
         check.contiguous(("updates", i), update)?;
         check.shape(("updates", i), update, &Side::projected(rows, columns, rank))?;
@@ -51,43 +48,45 @@ fn is_set(flag: Option<&TensorView>) -> bool {
 }
 
 /// The arguments of a call on float parameters.
-struct Additions {
-    params: Vec<TensorViewMut>,
-    updates: Vec<TensorView>,
-    bases: Vec<TensorView>,
-    found_inf: Option<TensorView>,
-    shapes: Vec<(usize, usize)>,
-    ranks: Vec<usize>,
-    keys: Option<Vec<Key>>,
-    change: Change,
+pub struct Additions {
+    pub params: Vec<TensorViewMut>,
+    pub updates: Vec<TensorView>,
+    pub bases: Bases,
+    pub found_inf: Option<TensorView>,
+    pub shapes: Vec<(usize, usize)>,
+    pub ranks: Vec<usize>,
+    pub keys: Option<Vec<Key>>,
+    pub change: Change,
 }
 
 /// The arguments of a call on quantized weights.
-struct Requantizations {
-    codes: Vec<TensorViewMut>,
-    scales: Vec<TensorViewMut>,
-    zero_points: Vec<TensorViewMut>,
-    updates: Vec<TensorView>,
+pub struct Requantizations {
+    pub codes: Vec<TensorViewMut>,
+    pub scales: Vec<TensorViewMut>,
+    pub zero_points: Vec<TensorViewMut>,
+    pub updates: Vec<TensorView>,
     /// None for dense updates.
-    bases: Vec<TensorView>,
-    found_inf: Option<TensorView>,
-    shapes: Vec<(usize, usize)>,
-    ranks: Vec<usize>,
-    format: Format,
-    group_size: usize,
-    stochastic: bool,
-    keys: Vec<Key>,
-    change: Change,
+    pub bases: Bases,
+    pub found_inf: Option<TensorView>,
+    pub workspace: Option<TensorViewMut>,
+    pub shapes: Vec<(usize, usize)>,
+    pub ranks: Vec<usize>,
+    pub format: Format,
+    pub group_size: usize,
+    pub stochastic: bool,
+    pub keys: Vec<Key>,
+    pub change: Change,
 }
 
 /// `params = params * (1 - decay) + scale * back(update)`, in place, rounded once.
 ///
 /// The random numbers' `tensor_ids` and `steps` have an entry for each parameter. Where `found_inf`
-/// (one float32) is given and not zero, nothing is written.
+/// (one float32) is given and not zero, nothing is written. Bases are those of `project`.
 #[pyfunction]
 #[pyo3(signature = (
     params, updates, bases, scale, decay, stochastic_rounding, seed, tensor_ids, steps,
-    found_inf=None
+    found_inf=None, basis_scales=Vec::new(), basis_zero_points=Vec::new(), basis_bits=32,
+    basis_group_size=1
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn project_back_add(
@@ -102,12 +101,24 @@ pub fn project_back_add(
     tensor_ids: Vec<u32>,
     steps: Vec<u32>,
     found_inf: Option<Arg>,
+    basis_scales: Vec<Arg>,
+    basis_zero_points: Vec<Arg>,
+    basis_bits: u8,
+    basis_group_size: usize,
 ) -> PyResult<()> {
     const OP: &str = "project_back_add";
     let check = Check { op: OP };
     let params = check.outputs("params", params)?;
     let found_inf = check_flag(check, found_inf)?;
-    let (updates, bases) = (check.inputs("updates", updates)?, check.inputs("bases", bases)?);
+    let updates = check.inputs("updates", updates)?;
+    let given = GivenBases {
+        bases,
+        scales: basis_scales,
+        zero_points: basis_zero_points,
+        bits: basis_bits,
+        group_size: basis_group_size,
+    };
+    let bases = Bases::new(check, given)?;
     let mut shapes = Vec::with_capacity(params.len());
     for (i, param) in params.iter().enumerate() {
         check.float(("params", i), param)?;
@@ -118,7 +129,7 @@ pub fn project_back_add(
     check.length("steps", steps.len(), "params", params.len())?;
     let device = {
         let written: Vec<_> = named("params", &params).collect();
-        let mut read: Vec<_> = named("updates", &updates).chain(named("bases", &bases)).collect();
+        let mut read: Vec<_> = named("updates", &updates).chain(bases.named()).collect();
         read.extend(found_inf.iter().map(|flag| ("found_inf".into(), flag)));
         one_device(check, &written, &read)?
     };
@@ -131,31 +142,38 @@ pub fn project_back_add(
         if is_set(found_inf.as_ref()) {
             return Ok(());
         }
+        let mut numbers = Vec::with_capacity(params.len());
+        for (i, &(rows, columns)) in shapes.iter().enumerate() {
+            // SAFETY: on the CPU, and nothing writes to them.
+            numbers.push(unsafe { bases.numbers(threads, i, rows.min(columns), ranks[i]) });
+        }
         let mut items = Vec::with_capacity(params.len());
         for (i, param) in params.iter_mut().enumerate() {
             let unsupported = Error::Unsupported { op: OP, device, dtype: param.dtype() };
             // SAFETY: contiguous, on the CPU, of the checked dtypes; parameters overlap nothing.
-            let (param, update, basis) =
-                unsafe { (FloatsMut::of(param), updates[i].as_slice(), bases[i].as_slice()) };
+            let (param, update) = unsafe { (FloatsMut::of(param), updates[i].as_slice()) };
             let (rows, columns) = shapes[i];
-            let factors = Factors::new(rows, columns, update, basis, ranks[i]);
+            let factors = Factors::new(rows, columns, update, &numbers[i], ranks[i]);
             let key = keys.as_ref().map(|keys| keys[i]);
             items.push(Addition { param: param.ok_or(unsupported)?, factors, key });
         }
         projection::project_back_add(threads, items, *change);
         Ok(())
     };
-    dispatch(py, OP, device, args, cpu, no_kernel)
+    dispatch(py, OP, device, args, cpu, cuda::add)
 }
 
 /// `weights = round(weights * (1 - decay) + scale * back(update))` on quantized weights, in place.
 ///
 /// Where `bases` is empty the updates are dense, `[m, n]`. Groups in which nothing changes keep
 /// their codes and grids bit for bit; where `found_inf` (one float32) is given and not zero, all do.
+/// Bases are those of `project`; `workspace` (uint8) has the size of
+/// `project_back_requantize_workspace` on devices.
 #[pyfunction]
 #[pyo3(signature = (
     codes, scales, zero_points, shapes, updates, bases, bits, group_size, scale, decay, stochastic,
-    seed, tensor_ids, steps, found_inf=None
+    seed, tensor_ids, steps, found_inf=None, basis_scales=Vec::new(),
+    basis_zero_points=Vec::new(), basis_bits=32, basis_group_size=1, workspace=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn project_back_requantize(
@@ -175,6 +193,11 @@ pub fn project_back_requantize(
     tensor_ids: Vec<u32>,
     steps: Vec<u32>,
     found_inf: Option<Arg>,
+    basis_scales: Vec<Arg>,
+    basis_zero_points: Vec<Arg>,
+    basis_bits: u8,
+    basis_group_size: usize,
+    workspace: Option<Arg>,
 ) -> PyResult<()> {
     const OP: &str = "project_back_requantize";
     let check = Check { op: OP };
@@ -183,7 +206,16 @@ pub fn project_back_requantize(
     let scales = check.outputs("scales", scales)?;
     let zero_points = check.outputs("zero_points", zero_points)?;
     let found_inf = check_flag(check, found_inf)?;
-    let (updates, bases) = (check.inputs("updates", updates)?, check.inputs("bases", bases)?);
+    let workspace = check_workspace(check, workspace)?;
+    let updates = check.inputs("updates", updates)?;
+    let given = GivenBases {
+        bases,
+        scales: basis_scales,
+        zero_points: basis_zero_points,
+        bits: basis_bits,
+        group_size: basis_group_size,
+    };
+    let bases = Bases::new(check, given)?;
     for (name, got) in [
         ("scales", scales.len()),
         ("shapes", shapes.len()),
@@ -219,7 +251,8 @@ pub fn project_back_requantize(
         let mut written: Vec<_> = named("codes", &codes).collect();
         written.extend(named("scales", &scales));
         written.extend(named("zero_points", &zero_points));
-        let mut read: Vec<_> = named("updates", &updates).chain(named("bases", &bases)).collect();
+        written.extend(workspace.iter().map(|view| ("workspace".into(), view)));
+        let mut read: Vec<_> = named("updates", &updates).chain(bases.named()).collect();
         read.extend(found_inf.iter().map(|flag| ("found_inf".into(), flag)));
         one_device(check, &written, &read)?
     };
@@ -231,6 +264,7 @@ pub fn project_back_requantize(
         updates,
         bases,
         found_inf,
+        workspace,
         shapes,
         ranks,
         format,
@@ -239,12 +273,17 @@ pub fn project_back_requantize(
         keys: tensor_ids.into_iter().zip(steps).map(key).collect(),
         change: Change { keep: (1.0 - decay) as f32, alpha: scale as f32 },
     };
-    dispatch(py, OP, device, args, requantize, requantize_cuda)
+    dispatch(py, OP, device, args, requantize, cuda::requantize)
 }
 
 fn requantize(args: &mut Requantizations, threads: Threads) -> Result<()> {
     if is_set(args.found_inf.as_ref()) {
         return Ok(());
+    }
+    let mut numbers = Vec::with_capacity(args.ranks.len());
+    for (i, (&(rows, columns), &rank)) in args.shapes.iter().zip(&args.ranks).enumerate() {
+        // SAFETY: on the CPU, and nothing writes to them.
+        numbers.push(unsafe { args.bases.numbers(threads, i, rows.min(columns), rank) });
     }
     let mut zero_points = args.zero_points.iter_mut();
     let mut items = Vec::with_capacity(args.codes.len());
@@ -259,11 +298,9 @@ fn requantize(args: &mut Requantizations, threads: Threads) -> Result<()> {
                 args.updates[i].as_slice(),
             )
         };
-        let update = match args.bases.get(i) {
+        let update = match numbers.get(i) {
             None => Update::Dense(update),
             Some(basis) => {
-                // SAFETY: as above.
-                let basis = unsafe { basis.as_slice() };
                 Update::Factors(Factors::new(rows, columns, update, basis, args.ranks[i]))
             }
         };
@@ -274,29 +311,4 @@ fn requantize(args: &mut Requantizations, threads: Threads) -> Result<()> {
     }
     projection::project_back_requantize(threads, items, args.change);
     Ok(())
-}
-
-fn requantize_cuda(args: &mut Requantizations, stream: &cuda::Stream) -> Result<()> {
-    if !args.bases.is_empty() {
-        return no_kernel(args, stream);
-    }
-    let mut zero_points = args.zero_points.iter_mut();
-    let weights = args.codes.iter_mut().zip(&mut args.scales).zip(&args.updates);
-    let weights = weights.zip(&args.shapes).zip(&args.keys).map(
-        |((((codes, scale), update), &(rows, columns)), &key)| {
-            let zero_point = zero_points.next();
-            Weight { codes, scale, zero_point, update, numel: rows * columns, key }
-        },
-    );
-    let (format, size) = (args.format, args.group_size);
-    let found_inf = args.found_inf.as_ref();
-    requantize_dense(
-        stream,
-        weights.collect(),
-        found_inf,
-        format,
-        size,
-        args.stochastic,
-        args.change,
-    )
 }

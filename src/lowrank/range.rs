@@ -139,6 +139,27 @@ pub fn fresh(threads: Threads, a: Matrix<'_>, columns: usize, key: Key) -> Optio
     Some(rotate(threads, a, &Subspace { columns, basis })?.1)
 }
 
+/// An earlier basis `[n, rank]` with random columns beside it, `width` in all and orthonormal: by
+/// these come directions that the matrix did not have before.
+pub fn start_basis(
+    threads: Threads,
+    earlier: &[f32],
+    rank: usize,
+    width: usize,
+    key: Key,
+) -> Option<Vec<f32>> {
+    let rows = earlier.len() / rank;
+    let mut start = random(key, rows * width);
+    let scale = (rows as f32).sqrt();
+    for (row, earlier) in start.chunks_mut(width).zip(earlier.chunks(rank)) {
+        let (kept, fresh) = row.split_at_mut(rank);
+        kept.copy_from_slice(earlier);
+        fresh.iter_mut().for_each(|value| *value /= scale);
+    }
+    orthonormalize(threads, &mut start, width, Goal::Rough)?;
+    Some(start)
+}
+
 /// One step of subspace iteration from an earlier basis of `columns` directions.
 ///
 /// Returns the directions in decreasing order of what they capture.

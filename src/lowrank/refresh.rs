@@ -1,17 +1,17 @@
 //! The projector of a gradient, found anew.
 
-use super::range::{fresh, product, warm};
+use super::range::{fresh, product, start_basis, warm};
 use crate::cpu::product::Matrix;
 use crate::cpu::threads::Threads;
 use crate::multiversion;
 use crate::rng::Key;
 
-/// Directions beyond the rank that a cold start carries along.
-const OVERSAMPLE: usize = 8;
+/// Directions beyond the rank that are carried along.
+pub const OVERSAMPLE: usize = 8;
 
 /// Random vectors that the captured energy is measured with. The directions are nearly singular
 /// ones, whose images are nearly orthogonal: one vector of signs would nearly do.
-const PROBES: usize = 4;
+pub const PROBES: usize = 4;
 
 /// Elements of one partial sum of squares.
 const SQUARES: usize = 1 << 16;
@@ -112,12 +112,20 @@ fn find(
     warm_start: bool,
     key: Key,
 ) -> Option<Vec<f32>> {
-    if warm_start && let Some(directions) = warm(threads, a, basis, rank) {
-        return Some(directions);
-    }
     let width = (rank + OVERSAMPLE).min(a.column_count());
-    let directions = fresh(threads, a, width, key)?;
-    Some(directions.chunks(width).flat_map(|row| &row[..rank]).copied().collect())
+    let leading =
+        |wide: Vec<f32>| wide.chunks(width).flat_map(|row| &row[..rank]).copied().collect();
+    if warm_start {
+        let start = start_basis(threads, basis, rank, width, key);
+        if let Some(directions) = start.and_then(|start| warm(threads, a, &start, width)) {
+            return Some(leading(directions));
+        }
+        // Where the gradient has no more than `rank` directions, the random columns are too many.
+        if let Some(directions) = warm(threads, a, basis, rank) {
+            return Some(directions);
+        }
+    }
+    fresh(threads, a, width, key).map(leading)
 }
 
 /// The squared norm of `a * basis`: the mean of that of `a * basis * s` over vectors `s` of random

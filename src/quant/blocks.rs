@@ -29,11 +29,17 @@ impl Cut {
     /// For groups of `size` elements, in tensors of which the largest has `largest`. Two groups make
     /// one run where `shared_bytes` says that codes of 4 bits might share a byte.
     pub fn new(size: usize, largest: usize, shared_bytes: bool) -> Self {
-        let size = limited(size, largest);
-        if is_plain(size) {
-            let joined = (size / 256).max(1) as u32;
-            return Self::Plain { size, warps: 8 / joined * joined };
+        let limited = limited(size, largest);
+        if !is_plain(limited) {
+            return Self::any(size, largest, shared_bytes);
         }
+        let joined = (limited / 256).max(1) as u32;
+        Self::Plain { size: limited, warps: 8 / joined * joined }
+    }
+
+    /// The same by teams, whatever the size.
+    pub fn any(size: usize, largest: usize, shared_bytes: bool) -> Self {
+        let size = (size as u64).min(largest.max(1) as u64);
         let run = if shared_bytes && size % 2 == 1 { 2 * size } else { size };
         let team = if run > 512 { 256 } else { run.next_power_of_two().clamp(2, 32) as u32 };
         Self::Any { size, run, team }
@@ -42,6 +48,12 @@ impl Cut {
     pub fn size(self) -> i64 {
         let (Self::Plain { size, .. } | Self::Any { size, .. }) = self;
         size as i64
+    }
+
+    /// Elements that share no byte with others.
+    pub fn run(self) -> usize {
+        let (Self::Plain { size: run, .. } | Self::Any { run, .. }) = self;
+        run as usize
     }
 
     /// The number of threads in a team, which the kernels for any size take as their last argument.

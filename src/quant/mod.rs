@@ -78,7 +78,7 @@ pub(crate) unsafe fn bytes_mut(codes: &mut TensorViewMut) -> &mut [u8] {
 ///
 /// # Safety
 /// As for [`TensorView::as_slice`].
-unsafe fn bytes(codes: &TensorView) -> &[u8] {
+pub(crate) unsafe fn bytes(codes: &TensorView) -> &[u8] {
     if codes.dtype() == u8::DTYPE {
         // SAFETY: by the caller's word, and the dtype was just compared.
         return unsafe { codes.as_slice::<u8>() };

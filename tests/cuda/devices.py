@@ -1,5 +1,6 @@
 """Devices that the parity tests compare with the CPU: the emulator, and CUDA where there is one."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def bits(value: Any) -> Any:
         return str(data.dtype), tuple(data.shape), data.flatten().view(torch.uint8).tolist()
     if isinstance(value, tuple | list):
         return [bits(item) for item in value]
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else value
     return value
 
 
@@ -53,34 +56,49 @@ def moved(value: Any, device: str) -> Any:
         return value.detach().to(device, copy=True)
     if isinstance(value, list):
         return [moved(item, device) for item in value]
+    if isinstance(value, tuple):
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 
 class Parity:
-    """Runs an op on the CPU and on a device, and compares every bit of results and arguments."""
+    """Runs an op on the CPU and on a device, and compares results and arguments."""
 
     def __init__(self, device: str) -> None:
         self.device = device
 
     def __call__(self, op: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Returns what the op gives on the CPU; tensors among the arguments stay as they are."""
-        want = self._run(op, "cpu", args, options)
-        if self.device == "emulator":
-            for order in ORDERS:
-                with emulator(order, seed=order) as used:
-                    got = self._run(op, "cpu", args, options)
-                    compare(got, want, f"order {order}")
-                empty = all(x.numel() == 0 for x in tensors(args))
-                assert used or empty, "no kernel was launched"
-        else:
-            compare(self._run(op, self.device, args, options), want, self.device)
+        """Compares every bit; returns what the op gives on the CPU, and leaves the arguments."""
+        want, runs = self.runs(op, *args, **options)
+        for where, got in runs:
+            compare(got, want, where)
         return want[0]
+
+    def runs(self, op: Callable[..., Any], *args: Any, **options: Any) -> tuple[list[Any], Any]:
+        """The result and the arguments afterwards: on the CPU, and for each run on the device.
+
+        Everything is on the CPU. Where there are several runs, all of them gave the same bits.
+        """
+        want = self._run(op, "cpu", args, options)
+        runs: list[tuple[str, list[Any]]] = []
+        if self.device != "emulator":
+            return want, [(self.device, self._run(op, self.device, args, options))]
+        for order in ORDERS:
+            with emulator(order, seed=order) as used:
+                got = self._run(op, "cpu", args, options)
+            empty = all(x.numel() == 0 for x in tensors(args))
+            assert used or empty, "no kernel was launched"
+            if runs:
+                compare(got, runs[0][1], f"order {order} beside order {ORDERS[0]}")
+            runs.append((f"order {order}", got))
+        return want, runs
 
     @staticmethod
     def _run(op: Callable[..., Any], device: str, args: Any, options: Any) -> list[Any]:
         args = [moved(arg, device) for arg in args]
         options = {name: moved(option, device) for name, option in options.items()}
-        return [op(*args, **options), *args, *options.values()]
+        return moved([op(*args, **options), *args, *options.values()], "cpu")
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -113,7 +113,7 @@ def test_dequantize_dynamic(parity, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("size", [256, 64, 768, 100, 33])
 def test_project_back_requantize(parity, size, bits, symmetric, stochastic):
-    """Dense updates; those of low rank have no kernels yet."""
+    """Dense updates; those of low rank stand in test_parity_lowrank.py."""
     shapes = [(40, 50), (0, 5), (1, 1), (31, 77), (64, 64), (16, 100)]
     layout = {"bits": bits, "group_size": size}
     parts = [

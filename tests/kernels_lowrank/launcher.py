@@ -136,48 +136,19 @@ class Back:
     rank: int
     update: torch.Tensor
     basis: Basis
-    tensor: int = 0
+    tensor: int = 1
 
-    def launch(self, run, name, first, rest, dtype=torch.float32, row_count=None):
-        kernels = module(
-            "project_back", ELEM=ELEMENTS[dtype], BASIS_BITS=self.basis.bits, TENSOR=self.tensor
-        )
-        grid = blocks(self.rows if row_count is None else row_count, 32) * blocks(self.columns, 256)
-        factors = [self.update, *self.basis.arguments, self.rows, self.columns, self.rank]
-        run.run(kernels, name, grid, 128, [*first, *factors, self.basis.group_size, *rest])
-
-    def dense(self, run, first_row=0, row_count=None) -> torch.Tensor:
+    def dense(self, run: Schedule, first_row: int = 0, row_count: int | None = None):
+        """The update itself, or some of its rows."""
         row_count = self.rows if row_count is None else row_count
         out = torch.full((row_count, self.columns), float("nan"))
-        self.launch(run, "project_back", [out], [first_row, row_count], row_count=row_count)
+        grid = blocks(row_count, 32) * blocks(self.columns, 256)
+        factors = [self.update, *self.basis.arguments, self.rows, self.columns, self.rank]
+        run.run(
+            module("project_back", BASIS_BITS=self.basis.bits, TENSOR=self.tensor),
+            "project_back",
+            grid,
+            128,
+            [out, *factors, self.basis.group_size, first_row, row_count],
+        )
         return out
-
-    def add(self, run, param, keep, alpha, stochastic, where, found_inf=None) -> None:
-        rest = [found_inf, keep, alpha, int(stochastic), where]
-        self.launch(run, "project_back_add", [param], rest, param.dtype)
-
-    def requantize(
-        self, run, codes, scale, zero_point, bits, group_size, keep, alpha, stochastic, where,
-        found_inf=None, span=4096,
-    ) -> None:  # fmt: skip
-        weight = [codes, scale, zero_point]
-        step = [found_inf, group_size, bits, keep, alpha, int(stochastic), where]
-        if group_size in (32, 64, 128, 256) and self.columns % group_size == 0:
-            self.launch(run, "project_back_requantize", weight, step)
-            return
-        # Two passes over spans of whole groups, through a workspace of about `span` elements.
-        numel = self.rows * self.columns
-        unit = 2 * group_size if bits == 4 and group_size % 2 else group_size
-        team = 256 if unit > 512 else min(32, max(2, 1 << (unit - 1).bit_length()))
-        length = blocks(span, unit) * unit
-        for first in range(0, numel, length):
-            count = min(length, numel - first)
-            top, bottom = first // self.columns, blocks(first + count, self.columns)
-            values = self.dense(run, top, bottom - top).view(-1)[first - top * self.columns :]
-            run.run(
-                module("requantize_span"),
-                "requantize_span",
-                blocks(blocks(count, unit), 256 // team),
-                256,
-                [*weight, values, first, count, *step, team],
-            )

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from tests.kernels_lowrank.dense import DEVIATION, MAIN, PIVOT, SWEEPS, Dense, Linear
 from tests.kernels_lowrank.launcher import Basis, Schedule, key, product
-from tests.kernels_lowrank.subspace import DEVIATION, MAIN, PIVOT, SWEEPS, Dense, Linear
 from tests.kernels_lowrank.test_project import ORDERS
 
 WIDTHS = [1, 5, 32, 33, 70]

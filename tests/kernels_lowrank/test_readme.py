@@ -7,9 +7,10 @@ from tests.kernels_lowrank.launcher import KERNELS, module
 README = (KERNELS / "lowrank" / "README.md").read_text()
 PRODUCT = {"ELEM": "f32", "BASIS_BITS": 32, "TENSOR": 0}
 MODULES = [
-    module("project", **PRODUCT, BASIS_PARTS=2), module("project_back", **PRODUCT),
-    module("requantize_span"), module("orthonormal"), module("eigen"),
-    module("refresh", ELEM="f32"),
+    module("project", **PRODUCT, BASIS_PARTS=2), module("project_back_add", **PRODUCT),
+    module("project_back_requantize", BASIS_BITS=32, TENSOR=1),
+    module("project_back", BASIS_BITS=32, TENSOR=1), module("requantize_span"),
+    module("orthonormal"), module("eigen"), module("refresh", ELEM="f32"),
 ]  # fmt: skip
 #: As the emulator tells parameters: kind and bytes, of pointers what they point to. ELEM and BASIS
 #: are float here.

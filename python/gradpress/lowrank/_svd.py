@@ -23,7 +23,7 @@ def svd(
     on the number of threads.
 
     Args:
-        x: ``[m, n]``; float32, float16 or bfloat16, PyTorch or NumPy, on the CPU.
+        x: ``[m, n]``; float32, float16 or bfloat16, PyTorch (on the CPU or a CUDA device) or NumPy.
         rank: How many singular values, from 1 to ``min(m, n)``.
         n_iter: Power iterations; more sharpen slowly falling spectra.
         oversample: Directions beyond `rank` that are carried along.

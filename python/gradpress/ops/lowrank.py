@@ -9,11 +9,35 @@ import torch
 
 from gradpress import _core
 from gradpress.ops._arrays import Array, check_array, contiguous, empty_like_kind, written
+from gradpress.ops._workspace import workspace
 from gradpress.ops.quant import check_seed
 
 Tensors = Sequence[torch.Tensor]
 
 REFRESHED, ZERO_GRADIENT, KEPT = 0, 1, 2
+
+
+class PackedBases(NamedTuple):
+    """Bases as the codes of :func:`gradpress.ops.quant.quantize_blockwise`.
+
+    Attributes:
+        codes: ``[min(m, n), rank]`` for 8 bits, packed for 4.
+        scales: float32, one tensor for each basis.
+        zero_points: uint8, one tensor for each basis; empty for symmetric codes.
+        bits: 4 or 8.
+        group_size: Elements that share a scale.
+    """
+
+    codes: Tensors
+    scales: Tensors
+    zero_points: Tensors
+    bits: int
+    group_size: int
+
+
+def _grids(bases: Tensors | PackedBases) -> tuple[Tensors, Tensors, Tensors, int, int]:
+    """Values, scales, zero points, bits, group size, as the core takes them."""
+    return bases if isinstance(bases, PackedBases) else (bases, (), (), 32, 1)
 
 
 class Refresh(NamedTuple):
@@ -36,25 +60,36 @@ def projected_shape(rows: int, columns: int, rank: int) -> tuple[int, int]:
     return (rows, rank) if rows >= columns else (rank, columns)
 
 
-def project(grads: Tensors, bases: Tensors, outs: Tensors) -> None:
+def _projection_shape(grad: torch.Tensor, out: torch.Tensor) -> tuple[int, int, int]:
+    rows, columns = grad.shape
+    return rows, columns, out.shape[1] if rows >= columns else out.shape[0]
+
+
+def project(grads: Tensors, bases: Tensors | PackedBases, outs: Tensors) -> None:
     """Projects gradients into subspaces: ``grad @ basis`` or ``basis.T @ grad``.
 
     Args:
         grads: ``[m, n]`` each; float32, float16 or bfloat16, contiguous.
-        bases: ``[min(m, n), rank]`` each, float32.
+        bases: ``[min(m, n), rank]`` each, float32 or packed.
         outs: Written: float32, ``[m, rank]`` for m >= n, ``[rank, n]`` otherwise.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing is written.
     """
-    _core.project(grads, bases, outs)
+    space = None
+    # What does not fit together is for the core to refuse.
+    if grads and all(t.ndim == 2 for t in (*grads, *outs)):
+        shapes = [_projection_shape(*pair) for pair in zip(grads, outs, strict=False)]
+        space = workspace(grads[0], lambda: _core.project_workspace(shapes))
+    values, scales, zero_points, bits, group_size = _grids(bases)
+    _core.project(grads, values, outs, scales, zero_points, bits, group_size, space)
     written(outs)
 
 
 def project_back_add(
     params: Tensors,
     updates: Tensors,
-    bases: Tensors,
+    bases: Tensors | PackedBases,
     *,
     scale: float,
     decay: float = 0.0,
@@ -69,7 +104,7 @@ def project_back_add(
     Args:
         params: ``[m, n]`` each; float32, float16 or bfloat16, contiguous.
         updates: float32, of the shapes of :func:`projected_shape`.
-        bases: ``[min(m, n), rank]`` each, float32.
+        bases: ``[min(m, n), rank]`` each, float32 or packed.
         scale: Multiplies the updates.
         decay: Learning rate times weight decay.
         stochastic_rounding: How bfloat16 parameters are rounded.
@@ -81,10 +116,11 @@ def project_back_add(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing is written.
     """
+    values, basis_scales, basis_zero_points, basis_bits, basis_group_size = _grids(bases)
     _core.project_back_add(
         params,
         updates,
-        bases,
+        values,
         scale,
         decay,
         stochastic_rounding,
@@ -92,6 +128,10 @@ def project_back_add(
         tensor_ids,
         steps,
         found_inf,
+        basis_scales,
+        basis_zero_points,
+        basis_bits,
+        basis_group_size,
     )
     written(params)
 
@@ -102,7 +142,7 @@ def project_back_requantize(
     zero_points: Tensors,
     shapes: Sequence[tuple[int, int]],
     updates: Tensors,
-    bases: Tensors,
+    bases: Tensors | PackedBases,
     *,
     bits: int,
     group_size: int,
@@ -116,7 +156,9 @@ def project_back_requantize(
 ) -> None:
     """Updates quantized weights in one pass: dequantize, decay, add, find the grid, round.
 
-    No tensor of a weight's size is made. Groups in which nothing changes keep their codes and
+    No tensor of a weight's size is made, unless it is a small one: on devices, group sizes other
+    than 32, 64, 128 and 256 that divide a row need the update of about 4 million elements at a
+    time. Groups in which nothing changes keep their codes and
     grids bit for bit.
 
     Args:
@@ -126,7 +168,7 @@ def project_back_requantize(
         shapes: The weights' ``(m, n)``.
         updates: float32, of the shapes of :func:`projected_shape`, or of the weights' shapes where
             `bases` is empty.
-        bases: ``[min(m, n), rank]`` each, float32, or none at all.
+        bases: ``[min(m, n), rank]`` each, float32 or packed, or none at all.
         bits: 4 or 8.
         group_size: Elements that share a scale.
         scale: Multiplies the updates.
@@ -140,13 +182,19 @@ def project_back_requantize(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing is written.
     """
+    values, basis_scales, basis_zero_points, basis_bits, basis_group_size = _grids(bases)
+    space = None
+    if codes and values:
+        space = workspace(
+            codes[0], lambda: _core.project_back_requantize_workspace(shapes, bits, group_size)
+        )
     _core.project_back_requantize(
         codes,
         scales,
         zero_points,
         shapes,
         updates,
-        bases,
+        values,
         bits,
         group_size,
         scale,
@@ -156,6 +204,11 @@ def project_back_requantize(
         tensor_ids,
         steps,
         found_inf,
+        basis_scales,
+        basis_zero_points,
+        basis_bits,
+        basis_group_size,
+        space,
     )
     written(t for tensors in (codes, scales, zero_points) for t in tensors)
 
@@ -173,8 +226,9 @@ def refresh_basis(
     """Finds the leading singular subspaces of gradients anew, in place.
 
     From nothing: a random sketch with one power iteration (Halko, Martinsson, Tropp 2011, arXiv
-    0909.4061). From an earlier basis: one step of subspace iteration. The directions come in the
-    order of their singular values, the largest entry of each is positive.
+    0909.4061). From an earlier basis with eight random columns beside it: one step of subspace
+    iteration. The directions come in the order of their singular values, the largest entry of each
+    is positive. Waits for the device once, for what it returns.
 
     Args:
         grads: ``[m, n]`` each; float32, float16 or bfloat16, contiguous.
@@ -189,9 +243,16 @@ def refresh_basis(
         One :class:`Refresh` for each gradient. Numbers never raise: a zero gradient or one with
         NaN or infinite values leaves the earlier basis, or unit vectors where there is none.
     """
-    outcomes = _core.refresh_basis(grads, bases, vectors, warm, seed, tensor_ids, steps)
+    if not grads:
+        return []
+    outcomes = torch.empty(len(grads), 3, dtype=torch.float64, device=grads[0].device)
+    space = None
+    if all(t.ndim == 2 for t in (*grads, *bases)):
+        shapes = [(*grad.shape, b.shape[1]) for grad, b in zip(grads, bases, strict=False)]
+        space = workspace(grads[0], lambda: _core.refresh_basis_workspace(shapes))
+    _core.refresh_basis(grads, bases, vectors, outcomes, warm, seed, tensor_ids, steps, space)
     written(t for tensors in (bases, vectors) for t in tensors)
-    return [Refresh(*outcome) for outcome in outcomes]
+    return [Refresh(int(status), *rest) for status, *rest in outcomes.tolist()]
 
 
 def svd(x: Array, *, rank: int, n_iter: int, oversample: int, seed: int) -> tuple[Array, ...]:
@@ -210,6 +271,10 @@ def svd(x: Array, *, rank: int, n_iter: int, oversample: int, seed: int) -> tupl
     u = empty_like_kind(x, (rows, rank), "float32")
     s = empty_like_kind(x, (rank,), "float32")
     vh = empty_like_kind(x, (rank, columns), "float32")
-    if not _core.svd(x, u, s, vh, n_iter, oversample, seed):
+    outcome = empty_like_kind(x, (3,), "float64")
+    space = workspace(x, lambda: _core.svd_workspace(rows, columns, rank, oversample))
+    _core.svd(x, u, s, vh, outcome, n_iter, oversample, seed, space)
+    # Waits for the device: the functional form raises where the numbers ask for it.
+    if int(outcome[0]) != REFRESHED:
         raise ValueError(f"{op}: x must be finite, got NaN or infinite values")
     return u, s, vh

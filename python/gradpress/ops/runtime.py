@@ -8,6 +8,8 @@ import torch
 
 from gradpress import _core
 
+_emulated = False
+
 
 def core_version() -> str:
     """The version of the native core, which is the package's."""
@@ -69,6 +71,11 @@ def warmup(device: torch.device | str | int | None = None) -> None:
     _core.warmup(index)
 
 
+def kernel_modules() -> list[tuple[str, list[str], list[str]]]:
+    """Every CUDA module that ops may need: file of ``kernels/``, defines, its kernels' names."""
+    return _core.kernel_modules()
+
+
 def compile_kernels(
     architecture: str, files: Sequence[str] | None = None
 ) -> list[tuple[str, list[str], int]]:
@@ -109,4 +116,11 @@ def set_emulator(
         seed: For random orders.
         list_capacity: How many tensors one launch takes.
     """
+    global _emulated
     _core.set_emulator(build, order, seed, list_capacity)
+    _emulated = build is not None
+
+
+def is_emulated() -> bool:
+    """Whether ops on CPU tensors take their CUDA half; see :func:`set_emulator`."""
+    return _emulated

@@ -24,6 +24,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     """
 
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset()
+    #: Of these the ones that stay with the host, which decides by them.
+    _ON_HOST: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "state_layout": STATE_LAYOUT})
@@ -66,7 +68,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             )
         if group["capturable"]:
             raise NotImplementedError(
-                f"{type(self).__name__}: capturable must be False; only CPU kernels are built in"
+                f"{type(self).__name__}: capturable must be False; steps are counted on the host"
             )
 
     # Stepping
@@ -96,12 +98,13 @@ class LowBitOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
-                if params:
-                    self._check_gradients(params)
-                    self._step_group(group, params, scale)
+                self._check_gradients(params)
+                for together in _by_device(params):
+                    self._step_group(group, together, scale)
         return loss
 
     def _step_group(self, group: Group, params: list[torch.Tensor], grad_scale: float) -> None:
+        """Steps parameters of one group that are on one device; there is at least one."""
         raise NotImplementedError
 
     def _check_gradients(self, params: Iterable[torch.Tensor]) -> None:
@@ -171,13 +174,23 @@ def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> Non
 def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
     loaded, ids = optimizer.__dict__.pop("_loaded_state")
     keep = type(optimizer)._KEEP_DTYPE  # type: ignore[attr-defined]
+    on_host = type(optimizer)._ON_HOST  # type: ignore[attr-defined]
     live = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
     for key, p in zip(itertools.chain.from_iterable(ids), live, strict=True):
         source = loaded.get(key, {})
         for name in keep & source.keys():
             if isinstance(source[name], torch.Tensor):
                 # The device follows the parameter; the dtype is the state's own.
-                optimizer.state[p][name] = source[name].detach().to(p.device, copy=True)
+                device = torch.device("cpu") if name in on_host else p.device
+                optimizer.state[p][name] = source[name].detach().to(device, copy=True)
+
+
+def _by_device(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The parameters of each device, in their order."""
+    devices: dict[torch.device, list[torch.Tensor]] = {}
+    for p in params:
+        devices.setdefault(p.device, []).append(p)
+    return list(devices.values())
 
 
 def plain_gradient(p: torch.Tensor) -> torch.Tensor:

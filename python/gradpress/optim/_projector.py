@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from gradpress.ops import quant as kernels
-from gradpress.ops.lowrank import REFRESHED, Refresh
+from gradpress.ops.lowrank import REFRESHED, PackedBases, Refresh
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -22,6 +22,10 @@ KEEP: tuple[str, ...] = (
     "projector_vector",
     "projector_cosines",
 )
+
+
+#: Of these the ones that decide about later refreshes, on the host.
+ON_HOST: tuple[str, ...] = ("projector_cosines",)
 
 
 def matrix_shape(p: torch.Tensor) -> tuple[int, int]:
@@ -44,7 +48,7 @@ def new_projector(
     state["projector_cosine_count"] = 0
     state["projector_cosines"] = torch.zeros(group["queue_size"], dtype=torch.float32)
     state["projector_vector"] = torch.zeros(short, dtype=torch.float32, device=device)
-    store_basis(state, torch.eye(short, rank, device=device), group)
+    store_basis(state, torch.eye(short, rank, dtype=torch.float32, device=device), group)
 
 
 def load_basis(state: State, shape: tuple[int, int], group: Group) -> torch.Tensor:
@@ -60,6 +64,18 @@ def load_basis(state: State, shape: tuple[int, int], group: Group) -> torch.Tens
         group_size=group["projector_group_size"],
     )
     return cast(torch.Tensor, basis)
+
+
+def bases_of(states: list[State], group: Group) -> list[torch.Tensor] | PackedBases:
+    """The bases as the kernels take them: integer codes stay codes."""
+    if group["projector_bits"] is None:
+        return [state["projector"] for state in states]
+    codes, scales, zero_points = (
+        [state[f"projector_{name}"] for state in states]
+        for name in ("codes", "scale", "zero_point")
+    )
+    bits, group_size = group["projector_bits"], group["projector_group_size"]
+    return PackedBases(codes, scales, zero_points, bits, group_size)
 
 
 def store_basis(state: State, basis: torch.Tensor, group: Group) -> None:

@@ -53,7 +53,7 @@ class AdamW8bit(LowBitOptimizer):
         maximize: Ascends instead of descending.
         foreach: Accepted for compatibility; the kernels always take lists.
         fused: Accepted for compatibility; the kernels are always fused.
-        capturable: Must be False: only CPU kernels are built in.
+        capturable: Must be False: steps are counted on the host.
         differentiable: Must be False: the kernels cannot be differentiated.
         block_size: Elements of a moment that share a scale: 256 for 8 bits, 128 for 4 when None.
         min_8bit_size: Tensors with fewer elements keep float32 moments.

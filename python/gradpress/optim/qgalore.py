@@ -81,6 +81,7 @@ class QGaLoreAdamW(AdamW8bit):
     """
 
     _KEEP_DTYPE: ClassVar[frozenset[str]] = AdamW8bit._KEEP_DTYPE | frozenset(projector.KEEP)
+    _ON_HOST: ClassVar[frozenset[str]] = frozenset(projector.ON_HOST)
 
     def __init__(
         self,
@@ -183,22 +184,33 @@ class QGaLoreAdamW(AdamW8bit):
             state["step"] += 1
 
     def _refresh(self, group: Group, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        """Finds the projectors anew whose turn it is, one at a time to bound the memory."""
+        """Finds the projectors anew whose turn it is, some at a time to bound the memory."""
+        due, size = [], 0
         for p, grad in zip(params, grads, strict=True):
             state = self.state[p]
-            completed = int(state["step"].item()) - 1
-            if not projector.is_due(state, completed):
-                continue
-            basis = projector.load_basis(state, projector.matrix_shape(p), group)
-            (outcome,) = kernels.refresh_basis(
-                [grad],
-                [basis],
-                [state["projector_vector"]],
-                warm=[bool(state["projector_ready"])],
-                seed=group["seed"],
-                tensor_ids=[state["tensor_id"]],
-                steps=[completed],
-            )
+            if projector.is_due(state, int(state["step"].item()) - 1):
+                due.append((p, grad))
+                size += 4 * state["projector_rank"] * min(projector.matrix_shape(p))
+            if due and (size >= WORKSPACE_BYTES or p is params[-1]):
+                self._refresh_together(group, due)
+                due, size = [], 0
+
+    def _refresh_together(self, group: Group, due: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        states = [self.state[p] for p, _ in due]
+        bases = [
+            projector.load_basis(state, projector.matrix_shape(p), group)
+            for state, (p, _) in zip(states, due, strict=True)
+        ]
+        outcomes = kernels.refresh_basis(
+            [grad for _, grad in due],
+            bases,
+            [state["projector_vector"] for state in states],
+            warm=[bool(state["projector_ready"]) for state in states],
+            seed=group["seed"],
+            tensor_ids=[state["tensor_id"] for state in states],
+            steps=[int(state["step"].item()) - 1 for state in states],
+        )
+        for state, basis, outcome in zip(states, bases, outcomes, strict=True):
             if outcome.status == kernels.REFRESHED:
                 projector.store_basis(state, basis, group)
             projector.record(state, outcome, group)
@@ -213,16 +225,17 @@ class QGaLoreAdamW(AdamW8bit):
         """Projects, steps the moments, and adds the back-projected update to the weights."""
         states = [self.state[p] for p in params]
         shapes = [projector.matrix_shape(p) for p in params]
-        bases = [
-            projector.load_basis(s, shape, group) for s, shape in zip(states, shapes, strict=True)
-        ]
         updates = [
-            torch.empty(kernels.projected_shape(*shape, b.shape[1]), device=b.device)
-            for shape, b in zip(shapes, bases, strict=True)
+            torch.empty(
+                kernels.projected_shape(*shape, state["projector_rank"]),
+                dtype=torch.float32,
+                device=p.device,
+            )
+            for p, state, shape in zip(params, states, shapes, strict=True)
         ]
-        kernels.project(grads, bases, updates)
+        kernels.project(grads, projector.bases_of(states, group), updates)
         step_directions(Batch(updates, updates, states), hyper, self._counter(params[0].device))
-        rows = list(zip(params, states, shapes, updates, bases, strict=True))
+        rows = list(zip(params, states, shapes, updates, strict=True))
         dense = [row for row in rows if not isinstance(row[0], QuantizedWeight)]
         self._add_to_dense(group, dense, hyper)
         quantized = [row for row in rows if isinstance(row[0], QuantizedWeight)]
@@ -237,7 +250,7 @@ class QGaLoreAdamW(AdamW8bit):
         kernels.project_back_add(
             [t.detach().view(row[2]) for t, row in zip(targets, rows, strict=True)],
             [row[3] for row in rows],
-            [row[4] for row in rows],
+            projector.bases_of([row[1] for row in rows], group),
             scale=group["scale"],
             decay=hyper.lr * hyper.weight_decay,
             stochastic_rounding=hyper.stochastic_rounding,
@@ -258,7 +271,7 @@ class QGaLoreAdamW(AdamW8bit):
             [p.zero_point for p, *_ in rows],
             [row[2] for row in rows],
             [row[3] for row in rows],
-            [row[4] for row in rows],
+            projector.bases_of([row[1] for row in rows], group),
             bits=bits,
             group_size=group_size,
             scale=group["scale"],

@@ -91,7 +91,8 @@ def quantize(
     the instruction set. A value that already lies on its grid is kept.
 
     Args:
-        x: float32, float16 or bfloat16 of any shape, PyTorch or NumPy, on the CPU.
+        x: float32, float16 or bfloat16 of any shape; PyTorch, on the CPU or a CUDA device, or
+            NumPy.
         bits: 8 or 4; 4-bit codes are packed two to the byte.
         group_size: Elements that share a scale. Groups run over the contiguous tensor; the last
             one may have fewer elements.

@@ -1,0 +1,38 @@
+"""NVRTC compiles every module for every architecture: registers are printed (`-s`), spills fail."""
+
+import pytest
+from tests.cuda.devices import KERNELS
+from tests.emulator import nvrtc
+
+from gradpress.ops import runtime
+
+pytestmark = pytest.mark.skipif(nvrtc.find() is None, reason="needs nvidia-cuda-nvrtc")
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+#: Static shared memory that a block may have without asking.
+SHARED_BYTES = 48 * 1024
+MODULES = runtime.kernel_modules()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_modules_compile_without_spills(architecture):
+    for file, defines, kernels in MODULES:
+        macros = dict(define.split("=") for define in defines)
+        include = [KERNELS / "include"]
+        options = ["--fmad=false"]
+        (cubin,) = nvrtc.compile_file(KERNELS / file, [architecture], include, macros, options)
+        assert cubin.image.startswith(b"\x7fELF")
+        assert "warning" not in cubin.log, cubin.log
+        assert set(cubin.usage) >= set(kernels)
+        for kernel, usage in cubin.usage.items():
+            where = f"{kernel} of {file} {macros} for {architecture}: {usage}"
+            assert usage.spill_stores == usage.spill_loads == usage.stack_bytes == 0, where
+            assert usage.shared_bytes <= SHARED_BYTES, where
+        used = ", ".join(f"{kernel} {usage.registers}" for kernel, usage in cubin.usage.items())
+        print(f"{architecture} {file} {' '.join(defines)}: {used}")
+
+
+def test_every_file_is_a_module():
+    files = {str(path.relative_to(KERNELS)) for path in KERNELS.rglob("*.cu")}
+    assert {file for file, *_ in MODULES} == files
