@@ -1,12 +1,13 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gradpress import environment
 from gradpress.cli import main
-from gradpress.train import loop
+from gradpress.train import demo, loop
 
 TINY = ["--hidden-size", "16", "--intermediate-size", "16", "--heads", "1", "--layers", "1"]
 TINY += ["--vocab-size", "260", "--steps", "3", "--batch-size", "2", "--sequence-length", "8"]
@@ -44,6 +45,8 @@ def test_train_and_resume(text, tmp_path, capsys):
         (["train", "--text", ".", "--steps", "0"], "--steps 0"),
         (["train", "--resume"], "holds no run to resume"),
         (["demo", "--steps", "0"], "--steps 0"),
+        (["train", "--device", "mps"], "--device mps: takes auto, cpu, cuda or cuda:N"),
+        (["demo", "--device", "mps"], "--device mps: takes auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(words, message, capsys, tmp_path, monkeypatch):
@@ -84,6 +87,19 @@ def test_interruption_and_full_disk(error, code, text, tmp_path, capsys, monkeyp
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_device_of_both_commands(text, tmp_path, capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(loop, "start_run", lambda _, options, __: given.append(options) or ended)
+    monkeypatch.setattr(demo, "run_demo", lambda _, **options: given.append(options) or 0)
+    ended = loop.Outcome(tmp_path, 3, 0, 1.0)
+    for device in ([], ["--device", "cuda:1"]):
+        assert main(["train", *device]) == 0
+        assert main(["demo", *device, "--threads", "2", "--steps", "9"]) == 0
+    assert [given[0].device, given[2].device] == ["auto", "cuda:1"]
+    shared = {"threads": 2, "steps": 9}
+    assert [given[1], given[3]] == [shared, {**shared, "device": "cuda:1"}]
+
+
 def test_stopped_run_says_how_to_continue(text, tmp_path, capsys, monkeypatch):
     stopped = loop.Outcome(tmp_path, 2, 130, None)
     monkeypatch.setattr(loop, "start_run", lambda *_: stopped)
@@ -100,9 +116,18 @@ def test_environment_report(capsys, monkeypatch, tmp_path):
     assert found.versions["torch"] == torch.__version__
     assert found.cache_folder == tmp_path
     assert found.threads == torch.get_num_threads()
-    for value in (*found.versions.values(), found.processor, found.simd, str(tmp_path)):
+    shown = (found.processor, found.simd, found.cuda_status, str(tmp_path))
+    for value in (*found.versions.values(), *shown):
         assert value in printed
     assert found.to_dict()["cache_folder"] == str(tmp_path)
+
+
+def test_environment_numbers_the_cards(monkeypatch):
+    card = SimpleNamespace(name="Card", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    shown = "cuda:0 Card (sm_90, 80 GiB); cuda:1 Card (sm_90, 80 GiB)"
+    assert f"CUDA devices  {shown}" in str(environment.report())
 
 
 def test_module_prints_the_report():

@@ -13,7 +13,7 @@ from gradpress.train.config import TrainConfig
 from gradpress.train.errors import DivergedError, UserError
 from gradpress.train.folder import RunOptions
 
-_DEMO_OPTIONS = ("text", "steps", "eval_every", "seed")
+_DEMO_OPTIONS = ("text", "steps", "eval_every", "seed", "threads", "device")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,9 +85,8 @@ def _demo(given: dict[str, Any]) -> int:
     from gradpress.train.demo import run_demo
 
     folder = Path(given.pop("out"))
-    threads = given.pop("threads", 0)
-    config, _ = _divide(given)
-    return run_demo(folder, threads=threads, **config)
+    config, options = _divide(given)
+    return run_demo(folder, **options, **config)
 
 
 def _env(given: dict[str, Any]) -> int:
@@ -120,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="pre-train a LLaMA on text",
-        description="Pre-trains a LLaMA on text. Ctrl-C writes a checkpoint; --resume continues "
-        "bit for bit.",
+        description="Pre-trains a LLaMA on text. Ctrl-C writes a checkpoint; --resume continues, "
+        "on the CPU bit for bit.",
         argument_default=argparse.SUPPRESS,
     )
     train.add_argument("--out", metavar="FOLDER", help="run folder (runs/SIZE-OPTIMIZER)")
@@ -131,9 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         default=False,
         help="continue the run in --out from its newest checkpoint, with its own options",
     )
-    for record in (TrainConfig, RunOptions):
-        for field in dataclasses.fields(record):
-            _add_option(train, field)
+    for field in _run_fields():
+        _add_option(train, field)
     _add_demo(commands)
     commands.add_parser("env", help="report versions, processor and devices")
     return parser
@@ -146,10 +144,13 @@ def _add_demo(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
     )
     demo.add_argument("--out", default="runs/demo", metavar="FOLDER", help="(default: runs/demo)")
-    demo.add_argument("--threads", type=int, metavar="X", help="CPU threads; 0: torch's choice")
-    for field in dataclasses.fields(TrainConfig):
+    for field in _run_fields():
         if field.name in _DEMO_OPTIONS:
             _add_option(demo, field)
+
+
+def _run_fields() -> tuple[dataclasses.Field[Any], ...]:
+    return (*dataclasses.fields(TrainConfig), *dataclasses.fields(RunOptions))
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:

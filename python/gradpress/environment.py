@@ -26,6 +26,7 @@ class Environment:
         threads: Threads that torch and this package use.
         simd: Instruction set that the kernels chose.
         devices: CUDA devices as torch sees them.
+        cuda_status: Driver and compiler of CUDA as the kernels find them, or what is missing.
         cache_folder: Where compiled kernels are kept.
     """
 
@@ -35,6 +36,7 @@ class Environment:
     threads: int
     simd: str
     devices: tuple[str, ...]
+    cuda_status: str
     cache_folder: Path
 
     def to_dict(self) -> dict[str, object]:
@@ -51,6 +53,7 @@ class Environment:
             ("threads", str(self.threads)),
             ("SIMD", self.simd),
             ("CUDA devices", "; ".join(self.devices) or "none"),
+            ("CUDA kernels", self.cuda_status),
             ("cache folder", str(self.cache_folder)),
         ]
         width = max(len(name) for name, _ in rows)
@@ -74,11 +77,12 @@ def report() -> Environment:
             "numpy": _version("numpy"),
             **{name: _version(name) for name in _OPTIONAL},
         },
-        processor=_processor(),
+        processor=processor_name(),
         cores=_cores(),
         threads=torch.get_num_threads(),
         simd=runtime.simd_level(),
         devices=_devices(),
+        cuda_status=runtime.cuda_status(),
         cache_folder=cache_folder(),
     )
 
@@ -105,7 +109,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The name in `/proc/cpuinfo` where there is one, else what the platform says."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -122,7 +126,7 @@ def _devices() -> tuple[str, ...]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         names.append(
-            f"{properties.name} (sm_{properties.major}{properties.minor}, "
+            f"cuda:{index} {properties.name} (sm_{properties.major}{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB)"
         )
     return tuple(names)

@@ -56,9 +56,10 @@ def small(text_folder):
 
 @pytest.fixture
 def quiet():
-    """How the tests carry runs out: one thread, no plot."""
+    """How the tests carry runs out: one thread of the CPU, no plot."""
 
     def make(**options):
-        return RunOptions(**{"threads": 1, "plot": False, "save_every": 2, **options})
+        usual = {"threads": 1, "device": "cpu", "plot": False, "save_every": 2}
+        return RunOptions(**{**usual, **options})
 
     return make

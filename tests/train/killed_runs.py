@@ -85,7 +85,7 @@ if __name__ == "__main__":
         child = os.fork()
         if child == 0:
             globals()[way]()
-            options = RunOptions(threads=1, plot=False, save_every=3)
+            options = RunOptions(threads=1, device="cpu", plot=False, save_every=3)
             start_run(config, options, Path(sys.argv[2]) / way)
             os._exit(1)
         _, status = os.waitpid(child, 0)

@@ -9,7 +9,10 @@ from gradpress.train.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from gradpress.train.evaluate import token_losses
 from gradpress.train.files import remove_leftovers, whole_folder, write_atomically
+from gradpress.train.model import build_model
+from gradpress.train.optimizer import build_optimizer, quantize_weights
 
 
 def trained(seed):
@@ -75,6 +78,41 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     other = torch.nn.Linear(5, 2)
     with pytest.raises(UserError, match="step-1: cannot be loaded"):
         newest_checkpoint(tmp_path).load(other, torch.optim.AdamW(other.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "qgalore"])
+def test_states_follow_the_parameters_to_another_device(small, tmp_path, optimizer):
+    config = small(optimizer=optimizer)
+    made = []
+    for device in ("cpu", "meta"):
+        model = build_model(config)
+        quantize_weights(model, config)
+        model.to(device)
+        made.append((model, build_optimizer(model, config)))
+    (model, one), (moved, other) = made
+    token_losses(model, torch.zeros(1, 5, dtype=torch.int64)).mean().backward()
+    one.step()
+    save_checkpoint(tmp_path, model, one, {"step": 1}, keep=1)
+    newest_checkpoint(tmp_path).load(moved, other)
+    assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+    large = [state for state in other.state.values() if state]
+    assert len(large) == len(list(model.parameters()))
+    for state in large:
+        moments = [tensor for name, tensor in state.items() if name.startswith("exp_avg")]
+        assert moments
+        assert {tensor.device.type for tensor in moments} == {"meta"}
+        # Counters are read at every step: they stay where reading waits for nothing.
+        assert state["step"].device.type == "cpu"
+
+
+def test_checkpoint_of_a_cuda_run_loads_without_cuda(tmp_path, monkeypatch):
+    model, optimizer = trained(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1)
+    other, other_optimizer = trained(1)
+    newest_checkpoint(tmp_path).load(other, other_optimizer)
+    torch.testing.assert_close(other_optimizer.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 
 
 def test_failed_save_leaves_nothing(tmp_path, monkeypatch):

@@ -17,7 +17,9 @@ def test_demo_compares_two_runs_on_the_same_data(small, tmp_path, capsys):
     values = small().to_dict()
     options = {name: values[name] for name in names}
     options.update(text=tuple(options["text"]), steps=4, eval_every=2, sequence_length=16)
-    assert run_demo(tmp_path / "demo", threads=1, **options) == 0
+    with pytest.raises(UserError, match="--device mps"):
+        run_demo(tmp_path / "demo", device="mps")
+    assert run_demo(tmp_path / "demo", threads=1, device="cpu", **options) == 0
     folder = tmp_path / "demo"
     written = json.loads((folder / "demo.json").read_text())["runs"]
     assert list(written) == ["adamw", "qgalore"]
@@ -26,6 +28,7 @@ def test_demo_compares_two_runs_on_the_same_data(small, tmp_path, capsys):
     assert written["qgalore"]["summary"]["refreshes"] >= 7
     text = (folder / "demo.txt").read_text()
     assert text in capsys.readouterr().out
+    assert "tokens on cpu (" in text
     for run in written.values():
         assert f"{run['summary']['validation']['loss']:.4f}" in text
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")

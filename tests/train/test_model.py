@@ -42,6 +42,11 @@ def test_initialization_is_a_function_of_the_seed(small):
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
+def test_initialization_leaves_the_generators_of_cuda_alone(small, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded"))
+    build_model(small())
+
+
 def test_shape_of_the_model(small):
     model = build_model(small(dtype="bfloat16"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

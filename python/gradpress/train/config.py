@@ -38,9 +38,9 @@ def bits_or_none(text: str) -> int | None:
 class TrainConfig:
     """Everything that decides the result of a run, and nothing else.
 
-    Two runs with equal configurations on the same machine, packages, text and number of threads
-    give the same bits. `TrainConfig.create` fills in what depends on the size and on the
-    optimizer.
+    Two runs with equal configurations on the CPU of the same machine, with the same packages, text
+    and number of threads, give the same bits. `TrainConfig.create` fills in what depends on the
+    size and on the optimizer.
     """
 
     size: str = option("built-in model size", default="tiny", choices=tuple(SIZES))

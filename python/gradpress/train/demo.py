@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpress.train.config import TrainConfig
+from gradpress.train.device import choose_device
 from gradpress.train.errors import UserError
 from gradpress.train.files import write_atomically, write_json
 from gradpress.train.folder import RunOptions
@@ -49,7 +50,7 @@ class Entry:
         return _TITLES[self.config.optimizer]
 
 
-def run_demo(folder: Path, *, threads: int = 0, **options: Any) -> int:
+def run_demo(folder: Path, *, threads: int = 0, device: str = "auto", **options: Any) -> int:
     """Trains one model twice and compares.
 
     AdamW keeps float32 weights and moments. Q-GaLore keeps INT8 weights, INT4 projectors and
@@ -59,6 +60,7 @@ def run_demo(folder: Path, *, threads: int = 0, **options: Any) -> int:
     Args:
         folder: A folder that does not exist yet or is empty.
         threads: CPU threads; 0 leaves torch's choice.
+        device: Where both run, as `choose_device` takes it.
         **options: Fields of `TrainConfig` for both runs.
 
     Returns:
@@ -69,13 +71,13 @@ def run_demo(folder: Path, *, threads: int = 0, **options: Any) -> int:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: exists already; name another folder")
+    run_options = RunOptions(threads=threads, save_every=0, device=str(choose_device(device)))
     started = time.perf_counter()
     entries: list[Entry] = []
     first: Path | None = None
     for optimizer, title in _TITLES.items():
         print(f"\n{title}", flush=True)
         config = TrainConfig.create(optimizer=optimizer, **CHOSEN[optimizer], **options)
-        run_options = RunOptions(threads=threads, save_every=0)
         outcome = start_run(config, run_options, folder / optimizer, data_from=first)
         if outcome.exit_code:
             print(_stopped(outcome))
@@ -103,11 +105,18 @@ def comparison_table(entries: list[Entry]) -> str:
         ],
         ["median step", *(_milliseconds(e, "median_step_seconds") for e in entries)],
         ["median optimizer step", *(_milliseconds(e, "median_optimizer_seconds") for e in entries)],
+        *_peak_rows(entries),
         ["projector refreshes", *(str(e.summary["refreshes"]) for e in entries)],
         ["lr, attention and MLP", *(f"{e.config.lr:g}" for e in entries)],
         ["lr, rest", *(f"{e.config.lr_rest:g}" for e in entries)],
     ]
     return table(["", *(entry.title for entry in entries)], rows)
+
+
+def _peak_rows(entries: list[Entry]) -> list[list[str]]:
+    key = "cuda_peak_bytes"
+    peaks = [megabytes(entry.summary[key]) for entry in entries if key in entry.summary]
+    return [["peak CUDA memory", *peaks]] if peaks else []
 
 
 def weight_bytes(memory: dict[str, Any]) -> int:
@@ -179,7 +188,8 @@ def _notes(entries: list[Entry], seconds: float) -> str:
     validation = entries[0].summary["validation"]
     lines = [
         f"Same model ({config.size}), text, seed, batches and two parameter groups for both; "
-        f"{config.steps} steps of {config.tokens_per_step} tokens.",
+        f"{config.steps} steps of {config.tokens_per_step} tokens on "
+        f"{entries[0].summary['device']}.",
         f"Validation: {validation['tokens']} tokens that neither has seen. "
         f"Whole demo: {seconds:.0f} s.",
         "Learning rates are fixed beforehand: one for embeddings, norms and head, and for the "

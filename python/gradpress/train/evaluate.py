@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gradpress.train.device import to_device
 from gradpress.train.tokens import TokenArray, read_windows, validation_windows
 
 
@@ -61,7 +62,7 @@ def evaluate(
     over all tokens is divided by their number, so a last short batch weighs what it holds.
 
     Args:
-        model: A causal language model; its training mode is restored afterwards.
+        model: A causal language model on any device; its training mode is restored afterwards.
         tokens: Validation tokens.
         sequence_length: Tokens that a window predicts.
         batch_size: Windows per forward pass.
@@ -73,11 +74,12 @@ def evaluate(
     starts = validation_windows(tokens, batches * batch_size, sequence_length)
     training = model.training
     model.eval()
-    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for first in range(0, len(starts), batch_size):
         windows = read_windows(tokens, starts[first : first + batch_size], sequence_length)
-        losses = token_losses(model, windows)
-        total += float(losses.double().sum())
+        losses = token_losses(model, to_device(windows, device))
+        total += losses.double().sum()
         count += losses.numel()
     model.train(training)
-    return Evaluation(total / count, count, len(starts))
+    return Evaluation(float(total) / count, count, len(starts))

@@ -23,14 +23,15 @@ _FORMAT = 1
 class RunOptions:
     """How a run is carried out; a resumed run may change these.
 
-    `threads` decides the order of sums in matrix products, so results agree bit for bit only
-    between equal numbers of threads. The number in use is recorded, and a resumed run takes it
-    again unless told otherwise.
+    `threads` and `device` decide the order of sums in matrix products, so results agree bit for
+    bit only between equal numbers of threads on the CPU. What is in use is recorded, and a resumed
+    run takes it again unless told otherwise.
     """
 
     save_every: int = option("steps between two checkpoints; 0: only at the end", int, default=100)
     keep: int = option("checkpoints to keep", int, default=1)
     threads: int = option("CPU threads; 0: torch's choice", int, default=0)
+    device: str = option("auto, cpu, cuda or cuda:N", default="auto", metavar="DEVICE")
     plot: bool = option("draw loss.png", default=True)
 
     def __post_init__(self) -> None:
@@ -109,7 +110,7 @@ def read_options_for_resume(
         option_changes: Fields of `RunOptions` that the caller named; they win.
 
     Returns:
-        What the resumed run goes by; it is written back to `config.json`.
+        What the resumed run goes by; `config.json` stays as it is.
 
     Raises:
         UserError: There is no run, or a named field differs from the stored one.
@@ -121,11 +122,9 @@ def read_options_for_resume(
         raise UserError(
             f"--{name.replace('_', '-')} {config_changes[name]}: this run has "
             f"{getattr(config, name)}; a resumed run changes only "
-            "--save-every, --keep, --threads and --no-plot"
+            "--save-every, --keep, --threads, --device and --no-plot"
         )
-    options = dataclasses.replace(options, **option_changes)
-    write_options(folder, config, options)
-    return config, options
+    return config, dataclasses.replace(options, **option_changes)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from tqdm import tqdm
 
 from gradpress.train.checkpoint import clean_checkpoints, newest_checkpoint, save_checkpoint
 from gradpress.train.config import TrainConfig
-from gradpress.train.errors import DivergedError, UserError, require
+from gradpress.train.device import Clock, choose_device, describe, peak_bytes, reset_peak, to_device
+from gradpress.train.errors import UserError, require
 from gradpress.train.evaluate import evaluate, token_losses
 from gradpress.train.files import write_atomically, write_json
 from gradpress.train.folder import (
@@ -40,9 +40,9 @@ from gradpress.train.optimizer import (
     refresh_count,
     set_learning_rates,
 )
-from gradpress.train.process import resident_bytes
 from gradpress.train.report import last_evaluation, median_of, plot_losses
 from gradpress.train.schedule import lr_multiplier
+from gradpress.train.steps import Step, UnreadSteps, check_finite
 from gradpress.train.tokens import TokenData, copy_tokens, prepare_tokens, training_batch
 
 
@@ -82,7 +82,7 @@ def start_run(
         UserError: An option, a path or a missing package stands in the way, or the loss diverged.
     """
     _require_packages(options)
-    options = _use_threads(options)
+    options = _settled(options)
     create_folder(folder, config, options)
     with locked(folder):
         try:
@@ -98,7 +98,9 @@ def start_run(
 def resume_run(
     folder: Path, config_changes: dict[str, Any], option_changes: dict[str, Any]
 ) -> Outcome:
-    """Continues a run from its newest complete checkpoint, bit for bit.
+    """Continues a run from its newest complete checkpoint.
+
+    On the CPU the result is that of a run without a break, bit for bit.
 
     Args:
         folder: The run's folder.
@@ -109,11 +111,12 @@ def resume_run(
         How it ended.
 
     Raises:
-        UserError: There is no run, a field differs, or the loss diverged.
+        UserError: There is no run, a field differs, the device that it ran on is missing and no
+            other one was named, or the loss diverged.
     """
     config, options = read_options_for_resume(folder, config_changes, option_changes)
     _require_packages(options)
-    options = _use_threads(options)
+    options = _settled(options)
     with locked(folder):
         write_options(folder, config, options)
         clean_folder(folder)
@@ -128,7 +131,7 @@ class Trainer:
 
     Args:
         config: What to compute.
-        options: How to carry it out.
+        options: How to carry it out; `device` is that of PyTorch, chosen already.
         folder: The run's folder; its `config.json` is written already.
     """
 
@@ -138,9 +141,12 @@ class Trainer:
         self.folder = folder
         self.step = 0
         self.data: TokenData = prepare_tokens(config, folder)
-        self.model = build_model(config)
-        quantize_weights(self.model, config)
+        self.device = torch.device(options.device)
+        self.model = _initial_model(config).to(self.device)
+        reset_peak(self.device)
         self.optimizer = build_optimizer(self.model, config)
+        self._clock = Clock(self.device)
+        self._unread = UnreadSteps(self.device, self._clock, config.tokens_per_step)
         self._memory_counted = False
         self._metrics_path = folder / "metrics.jsonl"
 
@@ -183,34 +189,33 @@ class Trainer:
             evaluated = self._evaluate(metrics)
         saved = self.step
         while self.step < self.config.steps and interrupt.signal is None:
-            record = self.train_step()
-            metrics.write(STEP, **record)
-            bar.update()
-            bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s, "
-                f"{record['memory_bytes'] / 1e6:.0f} MB"
-            )
-            if self._is_due(self.config.eval_every):
+            self.train_step()
+            evaluate_now = self._is_due(self.config.eval_every)
+            save_now = self._is_due(self.options.save_every)
+            if evaluate_now or save_now or self._unread.are_due:
+                self._write_records(metrics, bar)
+            if evaluate_now:
                 evaluated = self._evaluate(metrics)
-            if self._is_due(self.options.save_every):
+            if save_now:
                 self._save(metrics)
                 saved = self.step
+        self._write_records(metrics, bar)
         if self.step == self.config.steps and evaluated["step"] != self.step:
             self._evaluate(metrics)
         if saved != self.step:
             self._save(metrics)
 
-    def train_step(self) -> dict[str, Any]:
+    def train_step(self) -> None:
         """One optimizer step: `accumulate` forward and backward passes, clipping, update.
 
-        Returns:
-            The step's record for `metrics.jsonl`.
+        It is added to the unread steps; the host waits for no device.
 
         Raises:
-            DivergedError: The loss or the gradient is not finite; the weights are as before.
+            DivergedError: The loss or the gradient is not finite, where every step is read; the
+                weights are as before.
         """
         config = self.config
-        started = time.perf_counter()
+        issued, start = time.perf_counter(), self._clock.mark()
         multiplier = lr_multiplier(
             self.step,
             steps=config.steps,
@@ -218,36 +223,27 @@ class Trainer:
             min_ratio=config.min_lr_ratio,
         )
         set_learning_rates(self.optimizer, config, multiplier)
-        loss = self._accumulate_gradients()
-        norm = self._clip_gradients()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergedError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; "
-                "lower --lr or --lr-rest, or set --clip 1"
-            )
-        before_update = time.perf_counter()
+        loss_and_norm = torch.stack([self._accumulate_gradients(), self._clip_gradients()])
+        if self._unread.most == 1:
+            check_finite(self.step + 1, *loss_and_norm.tolist())
+        update = self._clock.mark()
         self.optimizer.step()
-        optimizer_seconds = time.perf_counter() - before_update
+        updated = self._clock.mark()
         if not self._memory_counted:
             self._count_memory()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        seconds = time.perf_counter() - started
-        return {
+        fields = {
             "step": self.step,
-            "loss": loss,
             "lr": config.lr * multiplier,
             "lr_rest": config.lr_rest * multiplier,
-            "gradient_norm": norm,
             "tokens": self.step * config.tokens_per_step,
-            "tokens_per_second": config.tokens_per_step / seconds,
-            "step_seconds": seconds,
-            "optimizer_seconds": optimizer_seconds,
-            "memory_bytes": resident_bytes(),
         }
+        marks = (start, update, updated, self._clock.mark())
+        self._unread.add(Step(fields, loss_and_norm, issued, marks))
 
-    def _accumulate_gradients(self) -> float:
-        total = 0.0
+    def _accumulate_gradients(self) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in range(self.config.accumulate):
             windows = training_batch(
                 self.data.train,
@@ -256,17 +252,30 @@ class Trainer:
                 batch_size=self.config.batch_size,
                 sequence_length=self.config.sequence_length,
             )
-            loss = token_losses(self.model, windows).mean() / self.config.accumulate
+            losses = token_losses(self.model, to_device(windows, self.device))
+            loss = losses.mean() / self.config.accumulate
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+            total += loss.detach()
         return total
 
-    def _clip_gradients(self) -> float:
+    def _clip_gradients(self) -> torch.Tensor:
         if self.config.clip > 0:
             parameters = self.model.parameters()
-            return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
+            return torch.nn.utils.clip_grad_norm_(parameters, self.config.clip).double()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients).double()
+
+    def _write_records(self, metrics: MetricsWriter, bar: tqdm[Any]) -> None:
+        for record in self._unread.read():
+            metrics.write(STEP, **record)
+            bar.update()
+            shown = (
+                f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s, "
+                f"{record['memory_bytes'] / 1e6:.0f} MB"
+            )
+            if "cuda_peak_bytes" in record:
+                shown += f", CUDA {record['cuda_peak_bytes'] / 1e6:.0f} MB"
+            bar.set_postfix_str(shown)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -317,14 +326,17 @@ class Trainer:
         export_model(self.model, self.config, self.folder / "tokenizer.json", self.folder / "model")
         records = read_metrics(self._metrics_path)
         evaluation = last_evaluation(records)
+        peak = peak_bytes(self.device)
         write_json(
             self.folder / "summary.json",
             {
                 "step": self.step,
+                "device": describe(self.device),
                 "validation": evaluation,
                 "median_step_seconds": median_of(records, "step_seconds"),
                 "median_optimizer_seconds": median_of(records, "optimizer_seconds"),
                 "refreshes": refresh_count(self.optimizer),
+                **({} if peak is None else {"cuda_peak_bytes": peak}),
             },
         )
         if self.options.plot:
@@ -346,7 +358,8 @@ class Trainer:
         print(
             f"{parameters:,} parameters, {self.config.optimizer}; "
             f"{train:,} training and {validation:,} validation tokens; "
-            f"{self.config.steps} steps of {self.config.tokens_per_step:,} tokens",
+            f"{self.config.steps} steps of {self.config.tokens_per_step:,} tokens; "
+            f"on {describe(self.device)}",
             flush=True,
         )
 
@@ -361,7 +374,17 @@ def _require_packages(options: RunOptions) -> None:
         require(module)
 
 
-def _use_threads(options: RunOptions) -> RunOptions:
+def _settled(options: RunOptions) -> RunOptions:
+    """Takes the threads and chooses the device, and puts down which they are."""
+    device = choose_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    return replace(options, threads=torch.get_num_threads())
+    return replace(options, threads=torch.get_num_threads(), device=str(device))
+
+
+def _initial_model(config: TrainConfig) -> torch.nn.Module:
+    # On the CPU: the same weights whatever the device, which never holds those before INT8.
+    with torch.device("cpu"):
+        model = build_model(config)
+        quantize_weights(model, config)
+    return model

@@ -32,11 +32,25 @@ def build_model(config: TrainConfig) -> torch.nn.Module:
     """
     transformers = require("transformers")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        # Not torch.manual_seed, which seeds CUDA's generators too, and for good.
+        torch.default_generator.manual_seed(config.seed)
         model = transformers.LlamaForCausalLM(model_config(config))
+    model.set_attn_implementation(_causal_attention())
     model.to(getattr(torch, config.dtype))
     model.train()
     return model  # type: ignore[no-any-return]
+
+
+def _causal_attention() -> str:
+    """Names PyTorch's causal attention so that transformers makes no mask for it.
+
+    For names it knows, it looks in every forward pass whether sequences were packed, and makes the
+    host wait for the device to see that they were not.
+    """
+    modeling = require("transformers.modeling_utils")
+    name = "gradpress_causal"
+    modeling.AttentionInterface.register(name, modeling.ALL_ATTENTION_FUNCTIONS["sdpa"])
+    return name
 
 
 def model_config(config: TrainConfig) -> Any:
@@ -100,10 +114,12 @@ def _without_progress_bar(logging: Any) -> Iterator[None]:
 
 
 def dense_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters as plain tensors of their own type; quantized ones are dequantized."""
+    """The parameters as plain tensors of their own type on the host, quantized ones dequantized."""
     from gradpress.nn import QuantizedWeight
 
+    # Dequantized after the move: a device that holds the codes may have no room for the floats.
+    on_host = {name: value.cpu() for name, value in model.state_dict().items()}
     return {
         name: value.dequantize() if isinstance(value, QuantizedWeight) else value
-        for name, value in model.state_dict().items()
+        for name, value in on_host.items()
     }
