@@ -9,6 +9,7 @@ use crate::cpu::simd::{self, Level};
 use crate::cuda::emulator::{self, Emulator};
 use crate::cuda::{self, Module, Stream};
 use crate::dispatch::dispatch;
+use crate::error::Result;
 use crate::tensor::{Check, Device};
 use crate::{lowrank, optim, quant};
 
@@ -48,37 +49,56 @@ pub fn cuda_status(py: Python<'_>) -> String {
     py.detach(cuda::status)
 }
 
-/// Every module with kernels of it; some modules come twice.
-fn kernels() -> Vec<(Module, &'static [&'static str])> {
-    [quant::cuda::kernels(), optim::cuda::kernels(), lowrank::cuda::kernels()].concat()
+/// Every module that the CUDA halves of the ops may need, with its kernels.
+fn modules() -> Vec<(Module, Vec<&'static str>)> {
+    let families = [quant::cuda::kernels(), optim::cuda::kernels(), lowrank::cuda::kernels()];
+    let mut list: Vec<(Module, Vec<_>)> = Vec::new();
+    for (module, names) in families.concat() {
+        match list.iter_mut().find(|(known, _)| *known == module) {
+            Some((_, known)) => known.extend(names),
+            None => list.push((module, names.to_vec())),
+        }
+    }
+    list
 }
 
 /// Every module that the CUDA halves of the ops may need: file of `kernels/`, defines, kernels.
 #[pyfunction]
-pub fn kernel_modules() -> Vec<(String, Vec<String>, Vec<String>)> {
-    let mut list: Vec<(Module, Vec<String>)> = Vec::new();
-    for (module, names) in kernels() {
-        let names = names.iter().map(ToString::to_string);
-        match list.iter_mut().find(|(known, _)| *known == module) {
-            Some((_, known)) => known.extend(names),
-            None => list.push((module, names.collect())),
-        }
-    }
-    let text = |(module, names): (Module, _)| {
+pub fn kernel_modules() -> Vec<(String, Vec<String>, Vec<&'static str>)> {
+    let text = |(module, names): (Module, Vec<&'static str>)| {
         (module.file.into(), module.defines(cuda::DEFAULT_LIST_CAPACITY), names)
     };
-    list.into_iter().map(text).collect()
+    modules().into_iter().map(text).collect()
 }
 
-/// Compiles and loads all kernels for CUDA device `ordinal`.
+/// The modules of some files of `kernels/`, or all of them, each once with its kernels.
+fn modules_of(
+    op: &'static str,
+    files: Option<Vec<String>>,
+) -> Result<Vec<(Module, Vec<&'static str>)>> {
+    let mut list = modules();
+    let Some(files) = files else { return Ok(list) };
+    let check = Check { op };
+    for file in &files {
+        let known = list.iter().any(|(module, _)| module.file == file);
+        let names: BTreeSet<_> = list.iter().map(|(module, _)| module.file).collect();
+        check.value("files", known, format!("some of {names:?}"), file)?;
+    }
+    list.retain(|(module, _)| files.iter().any(|file| file == module.file));
+    Ok(list)
+}
+
+/// Compiles and loads kernels for CUDA device `ordinal`: those of some files, or all of them.
 #[pyfunction]
-pub fn warmup(py: Python<'_>, ordinal: usize) -> PyResult<()> {
-    let load = |_: &mut (), stream: &Stream| {
-        kernels().into_iter().try_for_each(|(module, names)| {
-            names.iter().try_for_each(|name| stream.load(module, name))
+#[pyo3(signature = (ordinal, files=None))]
+pub fn warmup(py: Python<'_>, ordinal: usize, files: Option<Vec<String>>) -> PyResult<()> {
+    let modules = modules_of("warmup", files)?;
+    let load = |modules: &mut Vec<(Module, Vec<&'static str>)>, stream: &Stream| {
+        modules.iter().try_for_each(|(module, names)| {
+            names.iter().try_for_each(|name| stream.load(*module, name))
         })
     };
-    dispatch(py, "warmup", Device::Cuda(ordinal), (), |_, _| Ok(()), load)
+    dispatch(py, "warmup", Device::Cuda(ordinal), modules, |_, _| Ok(()), load)
 }
 
 /// Compiles modules for `sm_{architecture}` into the cache, for which no device is needed.
@@ -93,22 +113,8 @@ pub fn compile_kernels(
     files: Option<Vec<String>>,
 ) -> PyResult<Vec<(String, Vec<String>, usize)>> {
     const OP: &str = "compile_kernels";
-    let mut modules: Vec<Module> = Vec::new();
-    for (module, _) in kernels() {
-        if !modules.contains(&module) {
-            modules.push(module);
-        }
-    }
-    if let Some(files) = files {
-        let check = Check { op: OP };
-        for file in &files {
-            let known = modules.iter().any(|module| module.file == file);
-            let names: BTreeSet<_> = modules.iter().map(|module| module.file).collect();
-            check.value("files", known, format!("some of {names:?}"), file)?;
-        }
-        modules.retain(|module| files.iter().any(|file| file == module.file));
-    }
-    let compile = |module: Module| {
+    let modules = modules_of(OP, files)?;
+    let compile = |(module, _): (Module, _)| {
         let size = cuda::compile(OP, module, architecture)?;
         Ok((module.file.into(), module.defines.iter().map(ToString::to_string).collect(), size))
     };

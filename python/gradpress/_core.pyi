@@ -410,7 +410,7 @@ def version() -> str:
     The version of the native core.
     """
 
-def warmup(ordinal: SupportsIndex) -> None:
+def warmup(ordinal: SupportsIndex, files: SupportsGetItem[int, str] | None = None) -> None:
     """
-    Compiles and loads all kernels for CUDA device `ordinal`.
+    Compiles and loads kernels for CUDA device `ordinal`: those of some files, or all of them.
     """

@@ -1,5 +1,9 @@
 """NVRTC compiles every module for every architecture: registers are printed (`-s`), spills fail."""
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 from tests.cuda.devices import KERNELS
 from tests.emulator import nvrtc
@@ -14,23 +18,31 @@ SHARED_BYTES = 48 * 1024
 MODULES = runtime.kernel_modules()
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_modules_compile_without_spills(architecture):
-    for file, defines, kernels in MODULES:
-        macros = dict(define.split("=") for define in defines)
-        include = [KERNELS / "include"]
-        options = ["--fmad=false"]
-        (cubin,) = nvrtc.compile_file(KERNELS / file, [architecture], include, macros, options)
-        assert cubin.image.startswith(b"\x7fELF")
-        assert "warning" not in cubin.log, cubin.log
-        assert set(cubin.usage) >= set(kernels)
-        for kernel, usage in cubin.usage.items():
-            where = f"{kernel} of {file} {macros} for {architecture}: {usage}"
-            assert usage.spill_stores == usage.spill_loads == usage.stack_bytes == 0, where
-            assert usage.shared_bytes <= SHARED_BYTES, where
-        used = ", ".join(f"{kernel} {usage.registers}" for kernel, usage in cubin.usage.items())
-        print(f"{architecture} {file} {' '.join(defines)}: {used}")
+def compiled(file, defines, kernels, architecture):
+    """Registers of each kernel, as text; fails on spills."""
+    macros = dict(define.split("=") for define in defines)
+    include, options = [KERNELS / "include"], ["--fmad=false"]
+    (cubin,) = nvrtc.compile_file(KERNELS / file, [architecture], include, macros, options)
+    assert cubin.image.startswith(b"\x7fELF")
+    assert "warning" not in cubin.log, cubin.log
+    assert set(cubin.usage) >= set(kernels)
+    for kernel, usage in cubin.usage.items():
+        where = f"{kernel} of {file} {macros} for {architecture}: {usage}"
+        assert usage.spill_stores == usage.spill_loads == usage.stack_bytes == 0, where
+        assert usage.shared_bytes <= SHARED_BYTES, where
+    return ", ".join(f"{kernel} {usage.registers}" for kernel, usage in cubin.usage.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_module_compiles_for_every_architecture_without_spills():
+    tasks = [(*module, architecture) for architecture in ARCHITECTURES for module in MODULES]
+    # NVRTC compiles one at a time in a process.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        results = pool.map(compiled, *zip(*tasks, strict=True), chunksize=8)
+        for (file, defines, _, architecture), used in zip(tasks, results, strict=True):
+            print(f"{architecture} {file} {' '.join(defines)}: {used}")
 
 
 def test_every_file_is_a_module():

@@ -47,8 +47,10 @@ def cuda_status() -> str:
     return _core.cuda_status()
 
 
-def warmup(device: torch.device | str | int | None = None) -> None:
-    """Compiles and loads all kernels for a CUDA device, so that no later call has to.
+def warmup(
+    device: torch.device | str | int | None = None, *, files: Sequence[str] | None = None
+) -> None:
+    """Compiles and loads kernels for a CUDA device, so that no later call has to.
 
     Without it a kernel is compiled when it is first needed, which takes a fraction of a second, or
     comes from the cache (``$GRADPRESS_CACHE_DIR``, else ``$XDG_CACHE_HOME/gradpress``, else
@@ -56,10 +58,12 @@ def warmup(device: torch.device | str | int | None = None) -> None:
 
     Args:
         device: As PyTorch names it; the current CUDA device when left out.
+        files: Of :func:`kernel_modules`, as in ``"optim.cu"``; all of them when left out, which
+            takes up to a minute where the cache has none.
 
     Raises:
         RuntimeError: there is no such device, or no driver or compiler for it.
-        ValueError: `device` is no CUDA device.
+        ValueError: `device` is no CUDA device, or there is no such file.
     """
     named = torch.device("cuda", device) if isinstance(device, int) else device
     chosen = torch.device("cuda" if named is None else named)
@@ -68,7 +72,7 @@ def warmup(device: torch.device | str | int | None = None) -> None:
     index = chosen.index
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    _core.warmup(index)
+    _core.warmup(index, None if files is None else list(files))
 
 
 def kernel_modules() -> list[tuple[str, list[str], list[str]]]:
