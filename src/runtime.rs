@@ -94,6 +94,7 @@ fn modules_of(
 pub fn warmup(py: Python<'_>, ordinal: usize, files: Option<Vec<String>>) -> PyResult<()> {
     let modules = modules_of("warmup", files)?;
     let load = |modules: &mut Vec<(Module, Vec<&'static str>)>, stream: &Stream| {
+        stream.load_blas()?;
         modules.iter().try_for_each(|(module, names)| {
             names.iter().try_for_each(|name| stream.load(*module, name))
         })

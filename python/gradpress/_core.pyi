@@ -263,10 +263,11 @@ def project_back_requantize_workspace(
     """
 
 def project_workspace(
-    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex]],
+    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex]], plain: bool
 ) -> int:
     """
-    Bytes of workspace that `project` takes on a device, for rows, columns and rank of each gradient.
+    Bytes of workspace that `project` takes on a device, for rows, columns and rank of each gradient;
+    `plain` where some gradient is float32, and so are the bases.
     """
 
 def quantize_blockwise(

@@ -7,6 +7,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use cudarc::driver::result::{self, ctx, device, function, module, primary_ctx};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute};
 
+use super::blas::{self, Gemm};
 use super::fault::{Fault, Result, driver};
 use super::launch::{Checked, Module};
 use super::{DEFAULT_LIST_CAPACITY, image};
@@ -136,6 +137,17 @@ impl Borrowed {
 
     pub fn list_capacity(&self) -> usize {
         self.device.list_capacity
+    }
+
+    pub fn load_blas(&self) -> Result<()> {
+        blas::load(self.ordinal)
+    }
+
+    /// # Safety
+    /// As for [`blas::multiply`].
+    pub unsafe fn multiply(&self, gemm: Gemm) -> Result<bool> {
+        // SAFETY: by the caller's word; this device's context is current.
+        unsafe { blas::multiply(self.ordinal, self.stream, gemm) }
     }
 
     /// The kernel's handle; its module is compiled and loaded when it is used for the first time.

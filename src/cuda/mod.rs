@@ -2,6 +2,7 @@
 //! path. No algorithm lives here, no memory is allocated on a device, nothing waits for one.
 
 mod arena;
+mod blas;
 mod cache;
 mod driver;
 pub mod emulator;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 pub use arena::Arena;
+pub use blas::{Gemm, WORKSPACE as BLAS_WORKSPACE};
 use emulator::Emulator;
 use fault::Fault;
 pub use launch::{Args, Module, Parameter, Pointer, Shape};
@@ -70,6 +72,31 @@ impl Stream {
                 device.function(module, kernel).map(drop).map_err(|fault| fault.of(self.op))
             }
             Target::Emulated(_) => Ok(()),
+        }
+    }
+
+    /// Readies the vendor's library for products, where there is one.
+    pub fn load_blas(&self) -> Result<()> {
+        match &self.target {
+            Target::Device(device) => device.load_blas().map_err(|fault| fault.of(self.op)),
+            Target::Emulated(_) => Ok(()),
+        }
+    }
+
+    /// Launches a product by the vendor's library; false where there is none, or it does not take
+    /// such sizes. The emulator has none: kernels of this crate stand in.
+    ///
+    /// # Safety
+    /// The matrices and the workspace are on this stream's device, of these sizes, and `out`
+    /// overlaps none.
+    pub unsafe fn multiply(&self, gemm: Gemm) -> Result<bool> {
+        match &self.target {
+            Target::Device(device) => {
+                // SAFETY: by the caller's word.
+                let done = unsafe { device.multiply(gemm) };
+                done.map_err(|fault| fault.of(self.op))
+            }
+            Target::Emulated(_) => Ok(false),
         }
     }
 

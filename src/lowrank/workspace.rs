@@ -15,10 +15,11 @@ fn has_rank((rows, columns, rank): (usize, usize, usize)) -> bool {
     exists(rows, columns) && rank >= 1 && rank <= rows.min(columns)
 }
 
-/// Bytes of workspace that `project` takes on a device, for rows, columns and rank of each gradient.
+/// Bytes of workspace that `project` takes on a device, for rows, columns and rank of each gradient;
+/// `plain` where some gradient is float32, and so are the bases.
 #[pyfunction]
-pub fn project_workspace(shapes: Vec<(usize, usize, usize)>) -> usize {
-    if shapes.iter().copied().all(has_rank) { cuda::project_workspace(&shapes) } else { 0 }
+pub fn project_workspace(shapes: Vec<(usize, usize, usize)>, plain: bool) -> usize {
+    if shapes.iter().copied().all(has_rank) { cuda::project_workspace(&shapes, plain) } else { 0 }
 }
 
 /// Bytes of workspace that `refresh_basis` takes on a device, for rows, columns and rank of each

@@ -6,13 +6,14 @@
 #include <map>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace {
 std::ostringstream record;
 std::string text;
 std::map<std::string, int> failures; // by the name of a call: the status it gives
 std::map<std::string, long> numbers = {{"devices", 1}, {"version", 13000}, {"architecture", 90}};
-void* emulator = nullptr;
+std::vector<void*> emulators; // each has kernels of one module
 thread_local void* current = nullptr;
 
 int called(const char* name) {
@@ -64,7 +65,13 @@ CALL(cuLaunchKernel, void* function, unsigned gx, unsigned gy, unsigned gz, unsi
     using Launch = const char*(const char*, const unsigned*, const unsigned*, unsigned, void**,
                                int, unsigned);
     const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-    auto* launch = emulator ? reinterpret_cast<Launch*>(dlsym(emulator, "cuemu_launch")) : nullptr;
+    Launch* launch = nullptr;
+    for (void* emulator : emulators) {
+        auto* signature = reinterpret_cast<const char* (*)(const char*)>(
+            dlsym(emulator, "cuemu_signature"));
+        if (signature && signature(name))
+            launch = reinterpret_cast<Launch*>(dlsym(emulator, "cuemu_launch"));
+    }
     if (!launch) return 700;
     const char* message = launch(name, grid, block, shared, arguments, 0, 0);
     if (message) record << "  " << message << "\n";
@@ -75,7 +82,9 @@ CALL(cuLaunchKernel, void* function, unsigned gx, unsigned gy, unsigned gz, unsi
 // What the tests say and ask.
 extern "C" void fake_number(const char* name, long value) { numbers[name] = value; }
 extern "C" void fake_failure(const char* call, int status) { failures[call] = status; }
-extern "C" void fake_emulator(const char* path) { emulator = dlopen(path, RTLD_NOW | RTLD_LOCAL); }
+extern "C" void fake_emulator(const char* path) {
+    emulators.push_back(dlopen(path, RTLD_NOW | RTLD_LOCAL));
+}
 extern "C" void fake_current(void* context) { current = context; }
 extern "C" void* fake_get_current() { return current; }
 extern "C" const char* fake_log() {

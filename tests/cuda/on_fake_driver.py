@@ -13,7 +13,7 @@ from tests.cuda.views import OnDevice, use_stream
 from tests.emulator.build import build, kernels_in
 
 from gradpress import _core
-from gradpress.ops import quant, runtime
+from gradpress.ops import lowrank, quant, runtime
 
 STREAM, OTHER = 0x1234, 0x77
 FAKE = ctypes.CDLL("libcuda.so.1")
@@ -73,6 +73,82 @@ def launching():
     empty = [torch.zeros(0, dtype=t.dtype) for t in outs[:3]]
     quantize(torch.zeros(0), [*empty, outs[3]])
     assert calls("cuLaunchKernel") == 0
+
+
+def second_device():
+    """A tensor on cuda:1 while cuda:0 is current: its own context and module, and back again."""
+    x, outs = make()
+    FAKE.fake_number(b"devices", 2)
+    first = 0x1000
+    FAKE.fake_current(ctypes.c_void_p(first))
+    quantize(x, outs)
+    log()
+    on_second = [torch.zeros_like(t) for t in outs]
+    arguments = [OnDevice(t, 1) for t in (x, *on_second)]
+    _core.quantize_blockwise(*arguments, 8, True, 256, 1, 2, 3)
+    text = log()
+    assert text.count("cuModuleLoadData") == 1
+    (launch,) = (line for line in text if " stream " in line)
+    assert f"context {first + 1:#x} " in launch
+    assert FAKE.fake_get_current() == first
+    assert all(torch.equal(*pair) for pair in zip(on_second, outs, strict=True))
+    mixed = [OnDevice(x), *(OnDevice(t, 1) for t in on_second)]
+    with pytest.raises(ValueError, match=r"all tensors must be on one device"):
+        _core.quantize_blockwise(*mixed, 8, True, 256, 1, 2, 3)
+
+
+def products():
+    """Products of float32 matrices go to the vendor's library; what is found stays the same."""
+    blas = ctypes.CDLL("libcublas.so")
+    blas.fake_blas_log.restype = ctypes.c_char_p
+    use_stream(STREAM)
+    FAKE.fake_current(ctypes.c_void_p(OTHER))
+    plain = {"ELEM": "f32", "BASIS_BITS": "32", "TENSOR": "0"}
+    for file, defines in [
+        ("project", plain), ("orthonormal", {}), ("eigen", {}), ("refresh", {"ELEM": "f32"})
+    ]:  # fmt: skip
+        path = KERNELS / "lowrank" / f"{file}.cu"
+        FAKE.fake_emulator(str(build(path, defines, [KERNELS / "include"])).encode())
+    for rows, columns, rank in [(90, 60, 7), (60, 90, 7)]:
+        check_products(blas, rows, columns, rank)
+    handles = blas.fake_blas_log()
+    assert handles == b""
+
+
+def check_products(blas, rows, columns, rank):
+    generator = torch.Generator().manual_seed(rows)
+    grad = torch.randn(rows, columns, generator=generator)
+    short = min(rows, columns)
+    basis, vector = torch.empty(short, rank), torch.empty(short)
+    expected = basis.clone(), vector.clone()
+    for warm in (False, True):
+        (outcome,) = lowrank.refresh_basis(
+            [grad], [expected[0]], [expected[1]], warm=[warm], seed=1, tensor_ids=[0], steps=[0]
+        )
+        outcomes = torch.empty(1, 3, dtype=torch.float64)
+        size = _core.refresh_basis_workspace([(rows, columns, rank)])
+        space = torch.empty(size, dtype=torch.uint8)
+        tensors = [[OnDevice(t)] for t in (grad, basis, vector)]
+        _core.refresh_basis(*tensors, OnDevice(outcomes), [warm], 1, [0], [0], OnDevice(space))
+        calls = blas.fake_blas_log().decode().split("\n")
+        assert sum(line.startswith("create") for line in calls) == (rows > columns and not warm)
+        launched = [line for line in calls if line.startswith("sgemm")]
+        assert len(launched) >= 10
+        assert all(line.endswith(f"stream {STREAM:#x}") for line in launched)
+        # What must not run where nothing is to be found anew is left to the kernels.
+        own = sum(line.startswith("  project ") for line in log())
+        assert (own > 0) == warm
+        assert outcomes[0, 0] == outcome.status == 0
+        torch.testing.assert_close(basis, expected[0], rtol=0, atol=1e-4)
+        assert abs(float(outcomes[0, 2]) - outcome.energy) <= 1e-4
+    out = torch.empty(lowrank.projected_shape(rows, columns, rank))
+    want = torch.empty_like(out)
+    lowrank.project([grad], [basis], [want])
+    size = _core.project_workspace([(rows, columns, rank)], True)
+    space = OnDevice(torch.empty(size, dtype=torch.uint8))
+    _core.project([OnDevice(grad)], [OnDevice(basis)], [OnDevice(out)], [], [], 32, 1, space)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    assert blas.fake_blas_log().decode().count("sgemm") == 1
 
 
 def failing():

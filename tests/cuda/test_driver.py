@@ -22,11 +22,14 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cubins")
 
 
-def run(folder, cache, scenario, *flags):
-    source = Path(__file__).parent / "fake_driver.cpp"
-    library = folder / "libcuda.so.1"
+def build_fake(source, library, *flags):
+    source = Path(__file__).parent / source
     command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", *flags, source, "-o", library]
     subprocess.run([*map(str, command), "-ldl"], check=True)
+
+
+def run(folder, cache, scenario, *flags):
+    build_fake("fake_driver.cpp", folder / "libcuda.so.1", *flags)
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     # The emulator's libraries stay where all tests have them.
     environment = {
@@ -34,6 +37,8 @@ def run(folder, cache, scenario, *flags):
         "LD_LIBRARY_PATH": ":".join(paths),
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": str(ROOT),
+        # A library that only the tests of products replace.
+        "GRADPRESS_CUBLAS": str(int((folder / "libcublas.so").exists())),
     }
     environment.pop("GRADPRESS_CACHE_DIR", None)
     done = subprocess.run(
@@ -57,6 +62,15 @@ def test_on_a_fake_driver(tmp_path, cache, scenario):
 
 def test_a_driver_without_a_function(tmp_path, cache):
     run(tmp_path, cache, "missing_function", "-DWITHOUT_LAUNCH")
+
+
+def test_products_by_the_vendors_library(tmp_path, cache):
+    build_fake("fake_blas.cpp", tmp_path / "libcublas.so")
+    run(tmp_path, cache, "products")
+
+
+def test_a_device_that_is_not_current(tmp_path, cache):
+    run(tmp_path, cache, "second_device")
 
 
 @pytest.mark.slow

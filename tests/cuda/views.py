@@ -17,20 +17,22 @@ def _pointer(capsule: Any) -> int:
 
 
 class OnDevice:
-    """A producer that says its tensor lies on CUDA device 0."""
+    """A producer that says its tensor lies on a CUDA device."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, ordinal: int = 0) -> None:
         self.tensor = tensor
+        self.ordinal = ordinal
         self.options: dict[str, Any] = {}
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return CUDA, 0
+        return CUDA, self.ordinal
 
     def __dlpack__(self, **options: Any) -> Any:
         self.options = options
         capsule = self.tensor.__dlpack__(max_version=(1, 0))
-        # Version (8 bytes), context, deleter, flags, data; then the device's kind.
-        ctypes.c_int32.from_address(_pointer(capsule) + 40).value = CUDA
+        # Version (8 bytes), context, deleter, flags, data; then the device's kind and number.
+        device = (ctypes.c_int32 * 2).from_address(_pointer(capsule) + 40)
+        device[:] = [CUDA, self.ordinal]
         return capsule
 
 

@@ -80,7 +80,8 @@ def project(grads: Tensors, bases: Tensors | PackedBases, outs: Tensors) -> None
     # What does not fit together is for the core to refuse.
     if grads and all(t.ndim == 2 for t in (*grads, *outs)):
         shapes = [_projection_shape(*pair) for pair in zip(grads, outs, strict=False)]
-        space = workspace(grads[0], lambda: _core.project_workspace(shapes))
+        plain = not isinstance(bases, PackedBases) and any(g.dtype == torch.float32 for g in grads)
+        space = workspace(grads[0], lambda: _core.project_workspace(shapes, plain))
     values, scales, zero_points, bits, group_size = _grids(bases)
     _core.project(grads, values, outs, scales, zero_points, bits, group_size, space)
     written(outs)

@@ -1,6 +1,6 @@
 //! Orthonormal columns and eigenvectors on the device: Gram matrices, Cholesky, Jacobi.
 
-use super::product::{Gate, Product, Size};
+use super::product::{Gate, Product, Room, Size};
 use super::{Basis, EIGEN, ORTHONORMAL, PROJECT};
 use crate::cuda::{Arena, Args, Pointer, Shape, Stream};
 use crate::error::Result;
@@ -68,7 +68,7 @@ impl Dense {
     }
 
     pub fn gate(&self, stages: i32) -> Gate {
-        Gate { flags: self.flags, stages }
+        Gate { flags: self.flags, stages, strict: false }
     }
 
     fn squares(&self) -> usize {
@@ -209,7 +209,7 @@ impl Dense {
         from: Pointer,
         to: Pointer,
         rows: usize,
-        parts: Pointer,
+        room: Room,
         stages: i32,
     ) -> Result<()> {
         let product = Product {
@@ -221,7 +221,7 @@ impl Dense {
             out: to,
             size: Size { m: rows, n: self.width, k: self.width },
             by_columns: false,
-            parts,
+            room,
         };
         product.launch(stream, self.gate(stages))
     }
@@ -232,13 +232,13 @@ impl Dense {
         &self,
         stream: &Stream,
         z: Columns,
-        parts: Pointer,
+        room: Room,
         stages: i32,
         key: Key,
         number: usize,
     ) -> Result<()> {
         let Columns { at, other, rows } = z;
-        self.multiply(stream, at, other, rows, parts, stages)?;
+        self.multiply(stream, at, other, rows, room, stages)?;
         let count = rows * self.width;
         let args = Args::new()
             .pointer(other)
@@ -260,14 +260,14 @@ impl Dense {
         &self,
         stream: &Stream,
         z: Columns,
-        parts: Pointer,
+        room: Room,
         stages: i32,
         key: Key,
         number: usize,
     ) -> Result<()> {
         self.gram(stream, z.at, z.rows, stages)?;
         self.cholesky(stream, stages)?;
-        self.apply(stream, z, parts, stages, key, number)
+        self.apply(stream, z, room, stages, key, number)
     }
 }
 

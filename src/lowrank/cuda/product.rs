@@ -1,9 +1,10 @@
 //! Products of a gradient, or another matrix, with a basis.
 
 use super::{Basis, PROJECT, of_element};
-use crate::cuda::{Arena, Args, Module, Pointer, Shape, Stream};
+use crate::cuda::{Arena, Args, BLAS_WORKSPACE, Gemm, Module, Pointer, Shape, Stream};
 use crate::error::Result;
 use crate::lowrank::{Project, Side};
+use crate::tensor::DType;
 
 /// Elements of one block's tile.
 const TILE: (usize, usize) = (128, 64);
@@ -17,10 +18,30 @@ const SLICE: usize = 32;
 pub struct Gate {
     pub flags: Pointer,
     pub stages: i32,
+    /// Whether a product that should not run must not: where it only overwrites what nobody reads,
+    /// the vendor's library may take it, which knows no stages.
+    pub strict: bool,
 }
 
 impl Gate {
-    pub const OPEN: Self = Self { flags: Pointer::NULL, stages: 0 };
+    pub const OPEN: Self = Self { flags: Pointer::NULL, stages: 0, strict: false };
+}
+
+/// Workspaces that products share.
+#[derive(Clone, Copy)]
+pub struct Room {
+    /// [`Size::parts`] elements, of the largest product.
+    pub parts: Pointer,
+    /// Of the vendor's library.
+    pub blas: Pointer,
+}
+
+impl Room {
+    /// For products of up to so many elements of parts.
+    pub fn new(arena: &mut Arena, parts: usize, plain: bool) -> Self {
+        let blas = if plain { BLAS_WORKSPACE } else { 0 };
+        Self { parts: arena.take::<f32>(parts), blas: arena.take::<u8>(blas) }
+    }
 }
 
 /// The shape of `out [m, n] = a [m, k] b [k, n]`.
@@ -51,7 +72,7 @@ impl Size {
     }
 }
 
-/// One product; `parts` is a workspace of [`Size::parts`] elements.
+/// One product.
 pub struct Product {
     pub module: Module,
     pub a: Pointer,
@@ -62,13 +83,25 @@ pub struct Product {
     pub size: Size,
     /// Stores the result transposed.
     pub by_columns: bool,
-    pub parts: Pointer,
+    pub room: Room,
 }
+
+/// The module of products of two float32 matrices.
+const PLAIN: Module = PROJECT[0][0];
 
 impl Product {
     pub fn launch(self, stream: &Stream, gate: Gate) -> Result<()> {
-        let Self { module, a, strides, b, out, size, by_columns, parts } = self;
+        let Self { module, a, strides, b, out, size, by_columns, room } = self;
         let Size { m, n, k } = size;
+        if module == PLAIN && !gate.strict {
+            let (b, workspace) = (b.values, room.blas);
+            let gemm = Gemm { a, strides, b, out, m, n, k, by_columns, workspace };
+            // SAFETY: matrices of these sizes; `room` was made for them.
+            if unsafe { stream.multiply(gemm) }? {
+                return Ok(());
+            }
+        }
+        let parts = room.parts;
         let (per_run, runs) = size.runs();
         let to = if runs > 1 { parts } else { out };
         let args = Args::new()
@@ -114,24 +147,26 @@ fn projection_size(rows: usize, columns: usize, rank: usize) -> Size {
     Size { m: rows.max(columns), n: rank, k: rows.min(columns) }
 }
 
-/// Bytes of workspace that projecting gradients of these rows, columns and ranks takes.
-pub fn project_workspace(shapes: &[(usize, usize, usize)]) -> usize {
+/// Bytes of workspace that projecting gradients of these rows, columns and ranks takes; `plain`
+/// where some gradient is float32, and so are the bases.
+pub fn project_workspace(shapes: &[(usize, usize, usize)], plain: bool) -> usize {
     let mut arena = Arena::counting();
-    parts(&mut arena, shapes);
+    room(&mut arena, shapes, plain);
     arena.size()
 }
 
 /// One workspace for all gradients, which come one after the other.
-fn parts(arena: &mut Arena, shapes: &[(usize, usize, usize)]) -> Pointer {
+fn room(arena: &mut Arena, shapes: &[(usize, usize, usize)], plain: bool) -> Room {
     let sizes = shapes.iter().map(|&(rows, columns, rank)| projection_size(rows, columns, rank));
-    arena.take::<f32>(sizes.map(Size::parts).max().unwrap_or(0))
+    Room::new(arena, sizes.map(Size::parts).max().unwrap_or(0), plain)
 }
 
 /// Projects every gradient of the call.
 pub fn project(args: &mut Project, stream: &Stream) -> Result<()> {
     let Project { grads, bases, outs, workspace, shapes } = args;
     let mut arena = Arena::over(workspace.as_mut());
-    let parts = parts(&mut arena, shapes);
+    let plain = bases.packing.is_none() && grads.iter().any(|grad| grad.dtype() == DType::F32);
+    let room = room(&mut arena, shapes, plain);
     arena.check(stream.op())?;
     for (i, (grad, out)) in grads.iter().zip(outs).enumerate() {
         let (rows, columns, rank) = shapes[i];
@@ -146,7 +181,7 @@ pub fn project(args: &mut Project, stream: &Stream) -> Result<()> {
             out: out.into(),
             size,
             by_columns: left,
-            parts,
+            room,
         };
         product.launch(stream, Gate::OPEN)?;
     }

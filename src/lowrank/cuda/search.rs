@@ -2,7 +2,7 @@
 //! there, while the launches are always the same.
 
 use super::dense::{Columns, Dense};
-use super::product::{Product, Size};
+use super::product::{Gate, Product, Room, Size};
 use super::{Basis, PROJECT, REFRESH, of_element};
 use crate::cuda::{Arena, Args, Module, Pointer, Shape, Stream};
 use crate::error::Result;
@@ -58,8 +58,7 @@ struct Space {
     magnitudes: Pointer,
     signs: Pointer,
     sums: Pointer,
-    /// Of products whose sums are cut into runs.
-    parts: Pointer,
+    room: Room,
 }
 
 /// The sizes of a search in an upright matrix `[long, short]`.
@@ -110,7 +109,7 @@ impl Space {
             magnitudes: arena.take::<u32>(partials(long * width)),
             signs: arena.take::<f32>(rank * PROBES),
             sums: arena.take::<f32>(short * PROBES),
-            parts: arena.take::<f32>(extent.parts()),
+            room: Room::new(arena, extent.parts(), true),
         }
     }
 }
@@ -131,6 +130,8 @@ struct Search<'a> {
     product: Module,
     module: Module,
     key: Key,
+    /// Whether it begins with an earlier basis.
+    warm: bool,
 }
 
 impl<'a> Search<'a> {
@@ -141,12 +142,13 @@ impl<'a> Search<'a> {
         x: &TensorView,
         side: Side,
         key: Key,
+        warm: bool,
     ) -> Result<Self> {
         let Extent { long, short, .. } = extent;
         let strides = if side == Side::Right { (short, 1) } else { (1, long) };
         let product = of_element(stream.op(), PROJECT[0], x)?;
         let module = of_element(stream.op(), REFRESH, x)?;
-        Ok(Self { stream, space, extent, x: x.into(), strides, product, module, key })
+        Ok(Self { stream, space, extent, x: x.into(), strides, product, module, key, warm })
     }
 
     /// Launches a small kernel with 256 threads a block.
@@ -200,9 +202,11 @@ impl<'a> Search<'a> {
         size: Size,
         stages: i32,
     ) -> Result<()> {
-        let (b, parts) = (Basis::dense(b), self.space.parts);
-        let product = Product { module, a, strides, b, out, size, by_columns: false, parts };
-        product.launch(self.stream, self.space.dense.gate(stages))
+        let (b, room) = (Basis::dense(b), self.space.room);
+        let product = Product { module, a, strides, b, out, size, by_columns: false, room };
+        // A search from nothing after one from a basis would overwrite what that one found.
+        let strict = self.warm && stages & FRESH != 0;
+        product.launch(self.stream, Gate { strict, ..self.space.dense.gate(stages) })
     }
 
     /// Scales a matrix by a power of two, so that it, or what it is multiplied with next, is about
@@ -255,10 +259,10 @@ impl<'a> Search<'a> {
         first: usize,
         done: Decision,
     ) -> Result<()> {
-        let Space { dense, parts, .. } = &self.space;
+        let Space { dense, room, .. } = &self.space;
         self.decide(Decision::AnotherPass, self.extent.width)?;
         for number in first..first + count {
-            dense.pass(self.stream, z, *parts, stages | PASS, self.key, number)?;
+            dense.pass(self.stream, z, *room, stages | PASS, self.key, number)?;
             self.decide(done, self.extent.width)?;
         }
         Ok(())
@@ -287,7 +291,7 @@ impl<'a> Search<'a> {
 
     fn start_from(&self, basis: Pointer) -> Result<()> {
         let Extent { short, width, rank, .. } = self.extent;
-        let Space { start, parts, ref dense, .. } = self.space;
+        let Space { start, room, ref dense, .. } = self.space;
         let args = Args::new()
             .pointer(basis)
             .pointer(start)
@@ -297,16 +301,17 @@ impl<'a> Search<'a> {
             .value(self.key);
         let blocks = (short * width).div_ceil(256);
         self.call("start_basis", blocks, self.gated(args, MAIN))?;
-        dense.pass(self.stream, self.short(start), parts, MAIN, self.key, 0)?;
+        dense.pass(self.stream, self.short(start), room, MAIN, self.key, 0)?;
         self.two_sided(start, MAIN)?;
         dense.gram(self.stream, self.space.z, short, MAIN)?;
         dense.cholesky(self.stream, MAIN)?;
         self.decide(Decision::LookAtWarm, rank)
     }
 
-    fn refresh(&self, basis: Pointer, vector: Pointer, warm: bool) -> Result<()> {
+    fn refresh(&self, basis: Pointer, vector: Pointer) -> Result<()> {
         let Extent { short, width, rank, .. } = self.extent;
-        let Space { start, z, parts, ref dense, .. } = self.space;
+        let Space { start, z, room, ref dense, .. } = self.space;
+        let warm = self.warm;
         self.begin(if warm { Mode::Warm } else { Mode::Cold })?;
         if warm {
             self.start_from(basis)?;
@@ -318,7 +323,7 @@ impl<'a> Search<'a> {
         // The directions, and then only rounding.
         dense.gram(self.stream, z, short, MAIN)?;
         dense.eigen(self.stream, MAIN, true)?;
-        dense.apply(self.stream, self.short(z), parts, MAIN, self.key, ROUGH_PASSES)?;
+        dense.apply(self.stream, self.short(z), room, MAIN, self.key, ROUGH_PASSES)?;
         let first = ROUGH_PASSES + 1;
         self.passes(self.short(z), MAIN, EXACT_PASSES, first, Decision::ExactDone)?;
         self.decide(Decision::Last, width)?;
@@ -360,7 +365,7 @@ impl<'a> Search<'a> {
 
     fn svd(&self, [u, s, vh]: [Pointer; 3], n_iter: usize) -> Result<()> {
         let Extent { long, short, width, rank, .. } = self.extent;
-        let Space { y, left, z, other, parts, ref dense, .. } = self.space;
+        let Space { y, left, z, other, room, ref dense, .. } = self.space;
         let stream = self.stream;
         let basis = |z: Columns| self.passes(z, MAIN, SVD_PASSES, 0, Decision::ExactDone);
         self.begin(Mode::Svd)?;
@@ -373,8 +378,8 @@ impl<'a> Search<'a> {
         self.times(z, y, width, MAIN)?;
         dense.gram(stream, y, long, MAIN)?;
         dense.eigen(stream, MAIN, false)?;
-        dense.multiply(stream, z, other, short, parts, MAIN)?;
-        dense.multiply(stream, y, left, long, parts, MAIN)?;
+        dense.multiply(stream, z, other, short, room, MAIN)?;
+        dense.multiply(stream, y, left, long, room, MAIN)?;
         basis(Columns { at: left, other: y, rows: long })?;
         self.decide(Decision::Last, width)?;
         let (rows, columns) = if self.strides.1 == 1 { (long, short) } else { (short, long) };
@@ -423,8 +428,8 @@ pub fn refresh(args: &mut Refresh, stream: &Stream) -> Result<()> {
     for (i, (space, basis)) in prepared.into_iter().zip(bases).enumerate() {
         let (rows, columns, _) = shapes[i];
         let (extent, side) = (of_refresh(shapes[i]), Side::of(rows, columns));
-        let search = Search::new(stream, space, extent, &grads[i], side, keys[i])?;
-        search.refresh(basis.into(), Pointer::from(&mut vectors[i]), warm[i])?;
+        let search = Search::new(stream, space, extent, &grads[i], side, keys[i], warm[i])?;
+        search.refresh(basis.into(), Pointer::from(&mut vectors[i]))?;
         search.end(outcomes.after(3 * i))?;
     }
     Ok(())
@@ -446,7 +451,7 @@ pub fn svd(args: &mut Svd, stream: &Stream) -> Result<()> {
     let space = Space::new(&mut arena, extent);
     arena.check(stream.op())?;
     let side = Side::of(rows, columns);
-    let search = Search::new(stream, space, extent, x, side, *key)?;
+    let search = Search::new(stream, space, extent, x, side, *key, false)?;
     search.svd([u.into(), s.into(), vh.into()], *n_iter)?;
     search.end(outcome.into())
 }
