@@ -1,6 +1,7 @@
 // What happens to a weight in an optimizer's step (quant::update::Change of the CPU).
 #pragma once
 
+#include "flag.cuh"
 #include "grid.cuh"
 #include "pack.cuh"
 #include "philox.cuh"
@@ -17,11 +18,6 @@ struct Change {
     }
 };
 
-// Whether some gradient of the step was not finite, by GradScaler's flag; null: none.
-__device__ __forceinline__ bool overflowed(const float* found_inf) {
-    return found_inf && *found_inf != 0.0f;
-}
-
 // Not zero where a value changes. Adding zero turns -0 into 0, which is no change.
 __device__ __forceinline__ u32 difference(float old, float next) {
     return __float_as_uint(next + 0.0f) ^ __float_as_uint(old + 0.0f);
@@ -35,6 +31,10 @@ struct Weight {
     i64 group_size;
     int bits;
 
+    // Elements that share no byte with others.
+    __device__ i64 run() const {
+        return bits == 4 && group_size % 2 == 1 ? 2 * group_size : group_size;
+    }
     __device__ Format format() const { return Format(bits, zero_point == nullptr); }
     __device__ float value(i64 element, Grid grid, Format format) const {
         return grid.value(format.code(load_code(codes, element, bits)));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "element.cuh"
+#include "flag.cuh"
 
 #ifndef LIST_CAPACITY
 #define LIST_CAPACITY 400
@@ -25,5 +26,3 @@ __device__ __forceinline__ int tensor_of_block(const List<TENSOR>& list, int cou
     }
     return low;
 }
-
-__device__ __forceinline__ bool is_set(const float* flag) { return flag && *flag != 0.0f; }

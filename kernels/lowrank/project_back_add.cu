@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, GEMM_BLOCKS)
     project_back_add(ELEM* __restrict__ param, FACTORS, const float* found_inf, float keep,
                      float alpha, int stochastic, Key key) {
     __shared__ Shared shared;
-    if (overflowed(found_inf)) return;
+    if (is_set(found_inf)) return;
     const TileRows tile(0, rows, columns);
     make_tile(GIVEN, tile.row, tile.column, shared);
     const Change change{keep, alpha};

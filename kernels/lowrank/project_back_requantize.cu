@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, GEMM_BLOCKS)
                             i64 group_size, int bits, float keep, float alpha, int stochastic,
                             Key key) {
     __shared__ Shared shared;
-    if (overflowed(found_inf)) return;
+    if (is_set(found_inf)) return;
     const TileRows tile(0, rows, columns);
     make_tile(GIVEN, tile.row, tile.column, shared);
     const Weight weight{codes, scale, zero_point, group_size, bits};

@@ -40,6 +40,7 @@ pub static HEADERS: &[Source] = sources!["include/":
     "basis.cuh",
     "change.cuh",
     "element.cuh",
+    "flag.cuh",
     "gemm.cuh",
     "grid.cuh",
     "linalg.cuh",
@@ -54,6 +55,7 @@ pub static HEADERS: &[Source] = sources!["include/":
     "philox.cuh",
     "random.cuh",
     "reduce.cuh",
+    "run.cuh",
     "state.cuh",
     "tile.cuh",
 ];
