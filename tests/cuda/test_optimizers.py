@@ -96,3 +96,48 @@ def test_quantized_weights(bits):
     assert torch.equal(values, net[0].weight.dequantize())
     expected = gradpress.quant.quantize(dense, bits=bits, group_size=32)
     assert torch.equal(again.dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "QGaLoreAdamW"])
+@pytest.mark.parametrize("quantized", [None, 8])
+def test_a_scalers_flag_is_read_on_the_device(name, quantized):
+    """Skipped steps change nothing and do not count, whoever finds out, and whenever."""
+    options = {"rank": 4, "update_proj_gap": 1} if name == "QGaLoreAdamW" else {}
+    flags = [0.0, 1.0, 0.0, 0.0, 1.0]
+
+    def run(optimizer):
+        for step, flag in enumerate(flags):
+            for i, p in enumerate(optimizer.param_groups[0]["params"]):
+                g = torch.Generator().manual_seed(10 * step + i)
+                p.grad = (1024 * torch.randn(p.shape, generator=g)).to(p.dtype)
+                if flag and i == 1:
+                    p.grad.view(-1)[0] = float("inf")
+            optimizer.grad_scale = torch.tensor(1024.0)
+            optimizer.found_inf = torch.tensor(flag)
+            optimizer.step()
+        return optimizer
+
+    results = []
+    for emulated in (False, True):
+        net = model(torch.float32)
+        if quantized:
+            gradpress.nn.quantize_(net, bits=quantized, group_size=32)
+        optimizer = getattr(gradpress.optim, name)(net.parameters(), lr=1e-2, **options)
+        if emulated:
+            with emulator(1):
+                run(optimizer)
+                state = copy.deepcopy(optimizer.state_dict()["state"])
+        else:
+            state = copy.deepcopy(run(optimizer).state_dict()["state"])
+        values = [p.dequantize() if hasattr(p, "codes") else p.detach() for p in net.parameters()]
+        results.append((values, state, optimizer))
+    (cpu, one, _), (device, other, optimizer) = results
+    assert all(s["step"] == 3 for s in one.values())
+    assert all(s["step"] == 3 for s in other.values())
+    start = [p.detach() for p in model(torch.float32).parameters()]
+    for got, want, before in zip(device, cpu, start, strict=True):
+        assert (got - want).norm() <= 0.05 * (want - before).norm()
+        assert name == "QGaLoreAdamW" or torch.equal(got, want)
+    if name == "QGaLoreAdamW":
+        assert {s["projector_refreshes"] for s in other.values() if "projector_rank" in s} == {3}
+    assert optimizer.nonfinite_gradients == 0

@@ -10,6 +10,7 @@ import torch
 
 from gradpress.ops import dynamic
 from gradpress.ops import optim as kernels
+from gradpress.optim._scaling import Scale
 
 State = dict[str, Any]
 
@@ -26,14 +27,15 @@ class AdamHyper(NamedTuple):
     eps: float
     weight_decay: float
     maximize: bool
-    grad_scale: float
+    grad_scale: float | torch.Tensor
+    found_inf: torch.Tensor | None
     stochastic_rounding: bool
     seed: int
     state_bits: int
     block_size: int
 
     @classmethod
-    def of(cls, group: dict[str, Any], grad_scale: float) -> AdamHyper:
+    def of(cls, group: dict[str, Any], scale: Scale) -> AdamHyper:
         """The numbers of a parameter group."""
         beta1, beta2 = group["betas"]
         return cls(
@@ -43,7 +45,8 @@ class AdamHyper(NamedTuple):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            grad_scale=grad_scale,
+            grad_scale=scale.factor,
+            found_inf=scale.found_inf,
             stochastic_rounding=group["stochastic_rounding"],
             seed=group["seed"],
             state_bits=group["state_bits"],
@@ -137,6 +140,7 @@ def _shared(
         "eps": hyper.eps,
         "maximize": hyper.maximize,
         "grad_scale": hyper.grad_scale,
+        "found_inf": hyper.found_inf,
     }
     if names is FLOATS:
         return shared

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.optim.optimizer import ParamsT
 
+from gradpress.optim._scaling import OpenStep, Scale, stays_on_device
+
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -90,20 +92,34 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        self._settle()
+        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if stays_on_device(found_inf):
+            scale = Scale(1.0, grad_scale, found_inf)
+        elif found_inf is not None and found_inf.item():
             return loss
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale.item())
+        else:
+            scale = Scale(1.0 if grad_scale is None else float(grad_scale.item()))
+        stepped: list[torch.Tensor] = []
         with torch.no_grad():
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 self._check_gradients(params)
-                for together in _by_device(params):
-                    self._step_group(group, together, scale)
+                for device, together in _by_device(params).items():
+                    self._step_group(group, together, scale.on(device))
+                stepped += params
+        if scale.found_inf is not None:
+            counters = [self.state[p]["step"] for p in stepped if "step" in self.state[p]]
+            self.__dict__["_open_step"] = OpenStep(scale.found_inf, counters)
         return loss
 
-    def _step_group(self, group: Group, params: list[torch.Tensor], grad_scale: float) -> None:
+    def _settle(self) -> None:
+        """Counts the last step right, of which only the device knew whether it was skipped."""
+        open_step: OpenStep | None = self.__dict__.pop("_open_step", None)
+        if open_step is not None:
+            open_step.settle()
+
+    def _step_group(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """Steps parameters of one group that are on one device; there is at least one."""
         raise NotImplementedError
 
@@ -150,13 +166,19 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> State:
         """What pickle and deepcopy keep: everything but the hooks."""
+        self._settle()
         return {**super().__getstate__(), "_step_supports_amp_scaling": True}
 
     def _install_state_hooks(self) -> None:
+        self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_remember_loaded)
         # Before the user's hooks, which shall see the state as it will be.
         self.register_load_state_dict_post_hook(_restore_dtypes, prepend=True)
         self._state_hooks_installed = True
+
+
+def _settle(optimizer: torch.optim.Optimizer) -> None:
+    cast(LowBitOptimizer, optimizer)._settle()
 
 
 def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> None:
@@ -167,6 +189,7 @@ def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> Non
                 f"{type(optimizer).__name__}: state_dict has state_layout {layout}, this version"
                 f" of gradpress reads {STATE_LAYOUT}"
             )
+    optimizer.__dict__.pop("_open_step", None)
     ids = [list(g["params"]) for g in state_dict["param_groups"]]
     optimizer.__dict__["_loaded_state"] = (state_dict["state"], ids)
 
@@ -185,12 +208,12 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p][name] = source[name].detach().to(device, copy=True)
 
 
-def _by_device(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _by_device(params: list[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
     """The parameters of each device, in their order."""
     devices: dict[torch.device, list[torch.Tensor]] = {}
     for p in params:
         devices.setdefault(p.device, []).append(p)
-    return list(devices.values())
+    return devices
 
 
 def plain_gradient(p: torch.Tensor) -> torch.Tensor:

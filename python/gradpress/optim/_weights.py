@@ -17,6 +17,7 @@ def requantize_with_update(
     seed: int,
     tensor_id: int,
     step: int,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """``weight = round(weight * (1 - decay) + update)`` for a dense float32 update."""
     shape = (1, weight.numel())
@@ -36,4 +37,5 @@ def requantize_with_update(
         seed=seed,
         tensor_ids=[tensor_id],
         steps=[step],
+        found_inf=found_inf,
     )

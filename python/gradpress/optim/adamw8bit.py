@@ -25,6 +25,7 @@ from gradpress.optim._adam import (
     step_parameters,
 )
 from gradpress.optim._base import Group, LowBitOptimizer, new_step, plain_gradient
+from gradpress.optim._scaling import Scale
 from gradpress.optim._weights import requantize_with_update
 
 
@@ -147,12 +148,10 @@ class AdamW8bit(LowBitOptimizer):
             counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return counters[device]
 
-    def _step_group(self, group: Group, params: list[torch.Tensor], grad_scale: float) -> None:
-        self._step_unprojected(group, params, grad_scale)
+    def _step_group(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
+        self._step_unprojected(group, params, scale)
 
-    def _step_unprojected(
-        self, group: Group, params: list[torch.Tensor], grad_scale: float
-    ) -> None:
+    def _step_unprojected(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """AdamW on whole gradients, for dense and for quantized parameters."""
         ids = self._ids()
         for p in params:
@@ -161,7 +160,7 @@ class AdamW8bit(LowBitOptimizer):
                 state["step"], state["tensor_id"] = new_step(), ids[p]
                 new_moments(state, p.shape, p.device, group)
             state["step"] += 1
-        hyper = AdamHyper.of(group, grad_scale)
+        hyper = AdamHyper.of(group, scale)
         for p in params:
             if isinstance(p, QuantizedWeight):
                 self._step_quantized(group, p, hyper)
@@ -190,4 +189,5 @@ class AdamW8bit(LowBitOptimizer):
             seed=hyper.seed,
             tensor_id=state["tensor_id"],
             step=int(state["step"].item()),
+            found_inf=hyper.found_inf,
         )

@@ -22,6 +22,7 @@ from gradpress.optim import _projector as projector
 from gradpress.optim._adam import AdamHyper, Batch, new_moments, step_directions
 from gradpress.optim._base import Group, new_step, plain_gradient
 from gradpress.optim._report import ProjectorReport, ProjectorRow
+from gradpress.optim._scaling import Scale
 from gradpress.optim.adamw8bit import AdamW8bit
 
 #: Bytes of projected gradients in flight at a time.
@@ -147,18 +148,18 @@ class QGaLoreAdamW(AdamW8bit):
                 " parameters, which leaves nothing to project"
             )
 
-    def _step_group(self, group: Group, params: list[torch.Tensor], grad_scale: float) -> None:
+    def _step_group(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         projected = [p for p in params if group["rank"] is not None and p.dim() >= 2 and p.numel()]
         chosen = {id(p) for p in projected}
         others = [p for p in params if id(p) not in chosen]
         if others:
-            self._step_unprojected(group, others, grad_scale)
+            self._step_unprojected(group, others, scale)
         if not projected:
             return
         grads = [plain_gradient(p).view(projector.matrix_shape(p)) for p in projected]
         self._prepare(group, projected)
-        self._refresh(group, projected, grads)
-        hyper = AdamHyper.of(group, grad_scale)
+        self._refresh(group, projected, grads, scale)
+        hyper = AdamHyper.of(group, scale)
         start, size = 0, 0
         for i, p in enumerate(projected):
             size += 4 * self.state[p]["projector_rank"] * max(projector.matrix_shape(p))
@@ -183,7 +184,9 @@ class QGaLoreAdamW(AdamW8bit):
                 new_moments(state, low_rank, p.device, group)
             state["step"] += 1
 
-    def _refresh(self, group: Group, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+    def _refresh(
+        self, group: Group, params: list[torch.Tensor], grads: list[torch.Tensor], scale: Scale
+    ) -> None:
         """Finds the projectors anew whose turn it is, some at a time to bound the memory."""
         due, size = [], 0
         for p, grad in zip(params, grads, strict=True):
@@ -192,6 +195,9 @@ class QGaLoreAdamW(AdamW8bit):
                 due.append((p, grad))
                 size += 4 * state["projector_rank"] * min(projector.matrix_shape(p))
             if due and (size >= WORKSPACE_BYTES or p is params[-1]):
+                # A refresh waits for the device anyway; one of a step that is skipped comes later.
+                if scale.found_inf is not None and scale.found_inf.item():
+                    return
                 self._refresh_together(group, due)
                 due, size = [], 0
 
@@ -257,6 +263,7 @@ class QGaLoreAdamW(AdamW8bit):
             seed=hyper.seed,
             tensor_ids=[s["tensor_id"] for _, s, *_ in rows],
             steps=[int(s["step"].item()) for _, s, *_ in rows],
+            found_inf=hyper.found_inf,
         )
         for target, (p, *_) in zip(targets, rows, strict=True):
             if target is not p:
@@ -280,6 +287,7 @@ class QGaLoreAdamW(AdamW8bit):
             seed=hyper.seed,
             tensor_ids=[s["tensor_id"] for _, s, *_ in rows],
             steps=[int(s["step"].item()) for _, s, *_ in rows],
+            found_inf=hyper.found_inf,
         )
 
     def refresh_counts(self) -> dict[str, int]:
