@@ -184,17 +184,18 @@ def project(
     grads: SupportsGetItem[int, Any],
     bases: SupportsGetItem[int, Any],
     outs: SupportsGetItem[int, Any],
-    basis_scales: SupportsGetItem[int, Any] = ...,
-    basis_zero_points: SupportsGetItem[int, Any] = ...,
-    basis_bits: SupportsIndex = 32,
-    basis_group_size: SupportsIndex = 1,
+    basis_grids: tuple[
+        SupportsGetItem[int, Any], SupportsGetItem[int, Any], SupportsIndex, SupportsIndex
+    ]
+    | None = None,
     workspace: Any | None = None,
 ) -> None:
     """
     Projects gradients (`[m, n]`) with bases (`[min(m, n), rank]`) into `outs` (float32).
 
     For m >= n an output is `grad @ basis`, `[m, rank]`; otherwise `basis.T @ grad`, `[rank, n]`.
-    Bases are float32, or codes of `quantize_blockwise` with `basis_bits` 8 or 4 and their grids.
+    Bases are float32; or, with `basis_grids` (scales, zero points, bits, group size), codes of
+    `quantize_blockwise`.
     `workspace` (uint8) has the size of `project_workspace` on devices.
     """
 
@@ -209,10 +210,10 @@ def project_back_add(
     tensor_ids: SupportsGetItem[int, SupportsIndex],
     steps: SupportsGetItem[int, SupportsIndex],
     found_inf: Any | None = None,
-    basis_scales: SupportsGetItem[int, Any] = ...,
-    basis_zero_points: SupportsGetItem[int, Any] = ...,
-    basis_bits: SupportsIndex = 32,
-    basis_group_size: SupportsIndex = 1,
+    basis_grids: tuple[
+        SupportsGetItem[int, Any], SupportsGetItem[int, Any], SupportsIndex, SupportsIndex
+    ]
+    | None = None,
 ) -> None:
     """
     `params = params * (1 - decay) + scale * back(update)`, in place, rounded once.
@@ -237,10 +238,10 @@ def project_back_requantize(
     tensor_ids: SupportsGetItem[int, SupportsIndex],
     steps: SupportsGetItem[int, SupportsIndex],
     found_inf: Any | None = None,
-    basis_scales: SupportsGetItem[int, Any] = ...,
-    basis_zero_points: SupportsGetItem[int, Any] = ...,
-    basis_bits: SupportsIndex = 32,
-    basis_group_size: SupportsIndex = 1,
+    basis_grids: tuple[
+        SupportsGetItem[int, Any], SupportsGetItem[int, Any], SupportsIndex, SupportsIndex
+    ]
+    | None = None,
     workspace: Any | None = None,
 ) -> None:
     """

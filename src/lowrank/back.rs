@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 
-use super::bases::{Bases, GivenBases};
+use super::bases::{Bases, Grids};
 use super::projection::{self, Addition, Factors, Requantization, Update};
 use super::{Side, check_workspace, cuda, named};
 use crate::cpu::threads::Threads;
@@ -85,8 +85,7 @@ pub struct Requantizations {
 #[pyfunction]
 #[pyo3(signature = (
     params, updates, bases, scale, decay, stochastic_rounding, seed, tensor_ids, steps,
-    found_inf=None, basis_scales=Vec::new(), basis_zero_points=Vec::new(), basis_bits=32,
-    basis_group_size=1
+    found_inf=None, basis_grids=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn project_back_add(
@@ -101,24 +100,14 @@ pub fn project_back_add(
     tensor_ids: Vec<u32>,
     steps: Vec<u32>,
     found_inf: Option<Arg>,
-    basis_scales: Vec<Arg>,
-    basis_zero_points: Vec<Arg>,
-    basis_bits: u8,
-    basis_group_size: usize,
+    basis_grids: Option<Grids>,
 ) -> PyResult<()> {
     const OP: &str = "project_back_add";
     let check = Check { op: OP };
     let params = check.outputs("params", params)?;
     let found_inf = check_flag(check, found_inf)?;
     let updates = check.inputs("updates", updates)?;
-    let given = GivenBases {
-        bases,
-        scales: basis_scales,
-        zero_points: basis_zero_points,
-        bits: basis_bits,
-        group_size: basis_group_size,
-    };
-    let bases = Bases::new(check, given)?;
+    let bases = Bases::new(check, bases, basis_grids)?;
     let mut shapes = Vec::with_capacity(params.len());
     for (i, param) in params.iter().enumerate() {
         check.float(("params", i), param)?;
@@ -172,8 +161,7 @@ pub fn project_back_add(
 #[pyfunction]
 #[pyo3(signature = (
     codes, scales, zero_points, shapes, updates, bases, bits, group_size, scale, decay, stochastic,
-    seed, tensor_ids, steps, found_inf=None, basis_scales=Vec::new(),
-    basis_zero_points=Vec::new(), basis_bits=32, basis_group_size=1, workspace=None
+    seed, tensor_ids, steps, found_inf=None, basis_grids=None, workspace=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn project_back_requantize(
@@ -193,10 +181,7 @@ pub fn project_back_requantize(
     tensor_ids: Vec<u32>,
     steps: Vec<u32>,
     found_inf: Option<Arg>,
-    basis_scales: Vec<Arg>,
-    basis_zero_points: Vec<Arg>,
-    basis_bits: u8,
-    basis_group_size: usize,
+    basis_grids: Option<Grids>,
     workspace: Option<Arg>,
 ) -> PyResult<()> {
     const OP: &str = "project_back_requantize";
@@ -208,14 +193,7 @@ pub fn project_back_requantize(
     let found_inf = check_flag(check, found_inf)?;
     let workspace = check_workspace(check, workspace)?;
     let updates = check.inputs("updates", updates)?;
-    let given = GivenBases {
-        bases,
-        scales: basis_scales,
-        zero_points: basis_zero_points,
-        bits: basis_bits,
-        group_size: basis_group_size,
-    };
-    let bases = Bases::new(check, given)?;
+    let bases = Bases::new(check, bases, basis_grids)?;
     for (name, got) in [
         ("scales", scales.len()),
         ("shapes", shapes.len()),

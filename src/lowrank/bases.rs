@@ -10,17 +10,8 @@ use crate::quant::grid::Format;
 use crate::quant::{bytes, check_grids};
 use crate::tensor::{Arg, Check, DType, TensorView};
 
-/// Bits of a basis that is not quantized.
-pub const FLOAT_BITS: u8 = 32;
-
-/// The bases as they came from Python; `bits` 32 for float32 ones, which have no grids.
-pub struct GivenBases {
-    pub bases: Vec<Arg>,
-    pub scales: Vec<Arg>,
-    pub zero_points: Vec<Arg>,
-    pub bits: u8,
-    pub group_size: usize,
-}
+/// What codes come with: scales, zero points (none for symmetric codes), bits, and group size.
+pub type Grids = (Vec<Arg>, Vec<Arg>, u8, usize);
 
 /// How codes stand for numbers.
 #[derive(Clone, Copy)]
@@ -38,24 +29,20 @@ pub struct Bases {
 }
 
 impl Bases {
-    /// Checks what does not depend on shapes.
-    pub fn new(check: Check, given: GivenBases) -> Result<Self> {
-        let GivenBases { bases, scales, zero_points, bits, group_size } = given;
+    /// Checks what does not depend on shapes; without grids the bases are float32.
+    pub fn new(check: Check, bases: Vec<Arg>, grids: Option<Grids>) -> Result<Self> {
         let values = check.inputs("bases", bases)?;
+        let Some((scales, zero_points, bits, group_size)) = grids else {
+            return Ok(Self { values, scales: vec![], zero_points: vec![], packing: None });
+        };
         let scales = check.inputs("basis_scales", scales)?;
         let zero_points = check.inputs("basis_zero_points", zero_points)?;
-        let known = [FLOAT_BITS, 8, 4].contains(&bits);
-        check.value("basis_bits", known, "4, 8, or 32 for float32", bits)?;
-        if bits == FLOAT_BITS {
-            check.length("basis_scales", scales.len(), "float32 bases", 0)?;
-            check.length("basis_zero_points", zero_points.len(), "float32 bases", 0)?;
-            return Ok(Self { values, scales, zero_points, packing: None });
-        }
+        check.value("basis_bits", bits == 8 || bits == 4, "4 or 8", bits)?;
         check.length("basis_scales", scales.len(), "bases", values.len())?;
         if !zero_points.is_empty() {
             check.length("basis_zero_points", zero_points.len(), "bases", values.len())?;
         }
-        let format = Format::new(check, bits, zero_points.is_empty())?;
+        let format = Format { bits, symmetric: zero_points.is_empty() };
         let packing = Some(Packing { format, group_size });
         Ok(Self { values, scales, zero_points, packing })
     }

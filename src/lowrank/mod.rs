@@ -25,7 +25,7 @@ use crate::error::{Error, Name, Result};
 use crate::quant::one_device;
 use crate::rng::{Key, Stream};
 use crate::tensor::{Arg, Check, DType, Floats, TensorView, TensorViewMut};
-use bases::{Bases, GivenBases, check_basis};
+use bases::{Bases, Grids, check_basis};
 use decomposition::Svd;
 use projection::Projection;
 
@@ -80,36 +80,23 @@ pub struct Project {
 /// Projects gradients (`[m, n]`) with bases (`[min(m, n), rank]`) into `outs` (float32).
 ///
 /// For m >= n an output is `grad @ basis`, `[m, rank]`; otherwise `basis.T @ grad`, `[rank, n]`.
-/// Bases are float32, or codes of `quantize_blockwise` with `basis_bits` 8 or 4 and their grids.
+/// Bases are float32; or, with `basis_grids` (scales, zero points, bits, group size), codes of
+/// `quantize_blockwise`.
 /// `workspace` (uint8) has the size of `project_workspace` on devices.
 #[pyfunction]
-#[pyo3(signature = (
-    grads, bases, outs, basis_scales=Vec::new(), basis_zero_points=Vec::new(), basis_bits=32,
-    basis_group_size=1, workspace=None
-))]
-#[allow(clippy::too_many_arguments)]
+#[pyo3(signature = (grads, bases, outs, basis_grids=None, workspace=None))]
 pub fn project(
     py: Python<'_>,
     grads: Vec<Arg>,
     bases: Vec<Arg>,
     outs: Vec<Arg>,
-    basis_scales: Vec<Arg>,
-    basis_zero_points: Vec<Arg>,
-    basis_bits: u8,
-    basis_group_size: usize,
+    basis_grids: Option<Grids>,
     workspace: Option<Arg>,
 ) -> PyResult<()> {
     const OP: &str = "project";
     let check = Check { op: OP };
     let grads = check.inputs("grads", grads)?;
-    let given = GivenBases {
-        bases,
-        scales: basis_scales,
-        zero_points: basis_zero_points,
-        bits: basis_bits,
-        group_size: basis_group_size,
-    };
-    let bases = Bases::new(check, given)?;
+    let bases = Bases::new(check, bases, basis_grids)?;
     let outs = check.outputs("outs", outs)?;
     let workspace = check_workspace(check, workspace)?;
     check.length("bases", bases.len(), "grads", grads.len())?;

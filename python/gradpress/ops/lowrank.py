@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -35,9 +35,15 @@ class PackedBases(NamedTuple):
     group_size: int
 
 
-def _grids(bases: Tensors | PackedBases) -> tuple[Tensors, Tensors, Tensors, int, int]:
-    """Values, scales, zero points, bits, group size, as the core takes them."""
-    return bases if isinstance(bases, PackedBases) else (bases, (), (), 32, 1)
+_Grids = tuple[Tensors, Tensors, int, int]
+
+
+def _split(bases: Tensors | PackedBases) -> tuple[Tensors, _Grids | None]:
+    """Values, and what codes come with, as the core takes them."""
+    if isinstance(bases, PackedBases):
+        codes, *grids = bases
+        return codes, cast("_Grids", tuple(grids))
+    return bases, None
 
 
 class Refresh(NamedTuple):
@@ -82,8 +88,8 @@ def project(grads: Tensors, bases: Tensors | PackedBases, outs: Tensors) -> None
         shapes = [_projection_shape(*pair) for pair in zip(grads, outs, strict=False)]
         plain = not isinstance(bases, PackedBases) and any(g.dtype == torch.float32 for g in grads)
         space = workspace(grads[0], lambda: _core.project_workspace(shapes, plain))
-    values, scales, zero_points, bits, group_size = _grids(bases)
-    _core.project(grads, values, outs, scales, zero_points, bits, group_size, space)
+    values, grids = _split(bases)
+    _core.project(grads, values, outs, grids, space)
     written(outs)
 
 
@@ -117,7 +123,7 @@ def project_back_add(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing is written.
     """
-    values, basis_scales, basis_zero_points, basis_bits, basis_group_size = _grids(bases)
+    values, grids = _split(bases)
     _core.project_back_add(
         params,
         updates,
@@ -129,10 +135,7 @@ def project_back_add(
         tensor_ids,
         steps,
         found_inf,
-        basis_scales,
-        basis_zero_points,
-        basis_bits,
-        basis_group_size,
+        grids,
     )
     written(params)
 
@@ -183,7 +186,7 @@ def project_back_requantize(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing is written.
     """
-    values, basis_scales, basis_zero_points, basis_bits, basis_group_size = _grids(bases)
+    values, grids = _split(bases)
     space = None
     if codes and values:
         space = workspace(
@@ -205,10 +208,7 @@ def project_back_requantize(
         tensor_ids,
         steps,
         found_inf,
-        basis_scales,
-        basis_zero_points,
-        basis_bits,
-        basis_group_size,
+        grids,
         space,
     )
     written(t for tensors in (codes, scales, zero_points) for t in tensors)
