@@ -2,7 +2,7 @@
 
 use super::product::{Gate, Product, Room, Size};
 use super::{Basis, EIGEN, ORTHONORMAL, PROJECT};
-use crate::cuda::{Arena, Args, Pointer, Shape, Stream};
+use crate::cuda::{Arena, Args, Module, Pointer, Shape, Stream};
 use crate::error::Result;
 use crate::rng::Key;
 
@@ -71,6 +71,11 @@ impl Dense {
         Gate { flags: self.flags, stages, strict: false }
     }
 
+    /// Arguments that end with the state and with what decides whether a kernel runs.
+    fn gated(&self, args: Args, stages: i32) -> Args {
+        args.pointer(self.flags).pointer(self.numbers).value(stages)
+    }
+
     fn squares(&self) -> usize {
         self.ld / SIDE
     }
@@ -79,56 +84,53 @@ impl Dense {
     pub fn gram(&self, stream: &Stream, z: Pointer, rows: usize, stages: i32) -> Result<()> {
         let squares = self.squares();
         let (per_run, runs) = rows_per_run(rows, squares);
-        let args = Args::new()
-            .pointer(z)
-            .pointer(self.gram_parts)
-            .value(rows as i64)
-            .value(self.width as i32)
-            .value(self.ld as i32)
-            .value(per_run as i64)
-            .pointer(self.flags)
-            .pointer(self.numbers)
-            .value(stages);
+        let args = self.gated(
+            Args::new()
+                .pointer(z)
+                .pointer(self.gram_parts)
+                .value(rows as i64)
+                .value(self.width as i32)
+                .value(self.ld as i32)
+                .value(per_run as i64),
+            stages,
+        );
         let grid = [triangle(squares) as u64, runs as u64, 1];
         let shape = Shape { grid, block: [256, 1, 1], shared: 0 };
-        // SAFETY: as kernels/lowrank/README.md lists them; the workspaces have these sizes.
-        unsafe { stream.launch(ORTHONORMAL, "gram", shape, args) }?;
-        let args = Args::new()
-            .pointer(self.gram_parts)
-            .pointer(self.gram)
-            .pointer(self.other)
-            .pointer(self.inverse)
-            .pointer(self.diagonal)
-            .value(self.width as i32)
-            .value(self.ld as i32)
-            .value(runs as i32)
-            .pointer(self.flags)
-            .pointer(self.numbers)
-            .value(stages);
+        launch(stream, ORTHONORMAL, "gram", shape, args)?;
+        let args = self.gated(
+            Args::new()
+                .pointer(self.gram_parts)
+                .pointer(self.gram)
+                .pointer(self.other)
+                .pointer(self.inverse)
+                .pointer(self.diagonal)
+                .value(self.width as i32)
+                .value(self.ld as i32)
+                .value(runs as i32),
+            stages,
+        );
         let shape = Shape::line((self.ld * self.ld / 256) as u64, 256);
-        // SAFETY: as above.
-        unsafe { stream.launch(ORTHONORMAL, "gram_reduce", shape, args) }
+        launch(stream, ORTHONORMAL, "gram_reduce", shape, args)
     }
 
     /// The inverse of the Gram matrix's Cholesky factor, transposed.
     pub fn cholesky(&self, stream: &Stream, stages: i32) -> Result<()> {
         let squares = self.squares();
         for k in 0..squares {
-            let args = Args::new()
-                .pointer(self.gram)
-                .pointer(self.other)
-                .pointer(self.diagonal)
-                .pointer(self.inverse)
-                .pointer(self.dependent)
-                .value(self.width as i32)
-                .value(self.ld as i32)
-                .value(k as i32)
-                .pointer(self.flags)
-                .pointer(self.numbers)
-                .value(stages);
+            let args = self.gated(
+                Args::new()
+                    .pointer(self.gram)
+                    .pointer(self.other)
+                    .pointer(self.diagonal)
+                    .pointer(self.inverse)
+                    .pointer(self.dependent)
+                    .value(self.width as i32)
+                    .value(self.ld as i32)
+                    .value(k as i32),
+                stages,
+            );
             let shape = Shape::line(squares as u64, 256);
-            // SAFETY: as kernels/lowrank/README.md lists them; the workspaces have these sizes.
-            unsafe { stream.launch(ORTHONORMAL, "cholesky_panel", shape, args) }?;
+            launch(stream, ORTHONORMAL, "cholesky_panel", shape, args)?;
             let below = squares - 1 - k;
             let args = Args::new()
                 .pointer(self.gram)
@@ -138,8 +140,7 @@ impl Dense {
                 .pointer(self.flags)
                 .value(stages);
             let shape = Shape::line((triangle(below) + below * (k + 1)) as u64, 256);
-            // SAFETY: as above.
-            unsafe { stream.launch(ORTHONORMAL, "cholesky_update", shape, args) }?;
+            launch(stream, ORTHONORMAL, "cholesky_update", shape, args)?;
         }
         Ok(())
     }
@@ -166,40 +167,37 @@ impl Dense {
             .pointer(self.flags)
             .value(stages);
         let shape = Shape::line(self.width as u64, 256);
-        // SAFETY: as kernels/lowrank/README.md lists them; the workspaces have these sizes.
-        unsafe { stream.launch(EIGEN, "eigen_order", shape, args) }
+        launch(stream, EIGEN, "eigen_order", shape, args)
     }
 
     fn jacobi(&self, stream: &Stream, stages: i32, sweep: i32, round: i32) -> Result<()> {
         let squares = self.squares();
-        let args = Args::new()
-            .pointer(self.gram)
-            .pointer(self.rotations)
-            .pointer(self.rotated)
-            .value(self.ld as i32)
-            .value(round)
-            .value(sweep)
-            .pointer(self.flags)
-            .pointer(self.numbers)
-            .value(stages);
+        let args = self.gated(
+            Args::new()
+                .pointer(self.gram)
+                .pointer(self.rotations)
+                .pointer(self.rotated)
+                .value(self.ld as i32)
+                .value(round)
+                .value(sweep),
+            stages,
+        );
         let shape = Shape::line(squares as u64, 256);
-        // SAFETY: as kernels/lowrank/README.md lists them; the workspaces have these sizes.
-        unsafe { stream.launch(EIGEN, "jacobi_solve", shape, args) }?;
-        let args = Args::new()
-            .pointer(self.gram)
-            .pointer(self.other)
-            .pointer(self.rotations)
-            .pointer(self.rotated)
-            .value(self.ld as i32)
-            .value(squares as i32)
-            .value(round)
-            .value(sweep)
-            .pointer(self.flags)
-            .pointer(self.numbers)
-            .value(stages);
+        launch(stream, EIGEN, "jacobi_solve", shape, args)?;
+        let args = self.gated(
+            Args::new()
+                .pointer(self.gram)
+                .pointer(self.other)
+                .pointer(self.rotations)
+                .pointer(self.rotated)
+                .value(self.ld as i32)
+                .value(squares as i32)
+                .value(round)
+                .value(sweep),
+            stages,
+        );
         let shape = Shape::line((triangle(squares) + squares * squares) as u64, 256);
-        // SAFETY: as above.
-        unsafe { stream.launch(EIGEN, "jacobi_update", shape, args) }
+        launch(stream, EIGEN, "jacobi_update", shape, args)
     }
 
     /// `to = from inverse`: by what Cholesky or Jacobi found.
@@ -251,8 +249,7 @@ impl Dense {
             .pointer(self.flags)
             .value(stages);
         let shape = Shape::line(count.div_ceil(256) as u64, 256);
-        // SAFETY: as kernels/lowrank/README.md lists them; both matrices have these sizes.
-        unsafe { stream.launch(ORTHONORMAL, "replace_dependent", shape, args) }
+        launch(stream, ORTHONORMAL, "replace_dependent", shape, args)
     }
 
     /// One pass of CholeskyQR.
@@ -269,6 +266,18 @@ impl Dense {
         self.cholesky(stream, stages)?;
         self.apply(stream, z, room, stages, key, number)
     }
+}
+
+/// Launches a kernel on workspaces of a search.
+fn launch(
+    stream: &Stream,
+    module: Module,
+    kernel: &'static str,
+    shape: Shape,
+    args: Args,
+) -> Result<()> {
+    // SAFETY: as kernels/lowrank/README.md lists them; the workspaces were made for these sizes.
+    unsafe { stream.launch(module, kernel, shape, args) }
 }
 
 /// Squares of a triangle with `side` of them on the diagonal.
