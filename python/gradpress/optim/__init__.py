@@ -1,7 +1,21 @@
 """Optimizers with small states: drop-in for `torch.optim`."""
 
+from gradpress.optim._fused_backward import FusedBackward, fused_backward
 from gradpress.optim._groups import param_groups
+from gradpress.optim.adamp import SGDP, AdamP
+from gradpress.optim.adamw4bit import AdamW4bit
 from gradpress.optim.adamw8bit import AdamW8bit
+from gradpress.optim.diffgrad import DiffGrad
 from gradpress.optim.qgalore import QGaLoreAdamW
 
-__all__ = ["AdamW8bit", "QGaLoreAdamW", "param_groups"]
+__all__ = [
+    "SGDP",
+    "AdamP",
+    "AdamW4bit",
+    "AdamW8bit",
+    "DiffGrad",
+    "FusedBackward",
+    "QGaLoreAdamW",
+    "fused_backward",
+    "param_groups",
+]
