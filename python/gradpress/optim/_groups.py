@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def param_groups(
 
     Frozen parameters are left out. Both groups take further options afterwards, a learning rate
     of their own among them. What was chosen is logged (logger ``"gradpress"``, level INFO), and
-    printed when `verbose`.
+    printed when `verbose`. A rank at or above half of a weight's shorter side draws a warning.
 
     Args:
         model: Any module.
@@ -63,11 +64,24 @@ def param_groups(
     _logger.info(text)
     if verbose:
         print(text)
+    _warn_of_little_use(rank, projected)
     low_rank = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, **options}
     groups: list[dict[str, Any]] = [{"params": projected, **low_rank}]
     if rest:
         groups.append({"params": rest})
     return groups
+
+
+def _warn_of_little_use(rank: int, projected: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Ranks that save little are likelier a mistake than a wish."""
+    wide = [name for name, p in projected if 2 * rank >= min(p.shape)]
+    if wide:
+        warnings.warn(
+            f"param_groups: rank {rank} is at or above half of the shorter side of"
+            f" {len(wide)} of {len(projected)} projected weights ({wide[0]} first), where"
+            " projecting saves little memory",
+            stacklevel=3,
+        )
 
 
 def _count(named: Sequence[tuple[str, torch.Tensor]]) -> int:
