@@ -83,7 +83,9 @@ class Parity:
         want = self._run(op, "cpu", args, options)
         runs: list[tuple[str, list[Any]]] = []
         if self.device != "emulator":
-            return want, [(self.device, self._run(op, self.device, args, options))]
+            twice = [self._run(op, self.device, args, options) for _ in range(2)]
+            compare(twice[1], twice[0], "a second run")
+            return want, [(self.device, twice[0])]
         for order in ORDERS:
             with emulator(order, seed=order) as used:
                 got = self._run(op, "cpu", args, options)

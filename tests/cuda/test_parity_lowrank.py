@@ -95,7 +95,10 @@ def test_project_with_packed_bases(parity, bits, dtype):
         plain, plain_runs = parity.runs(lowrank.project, list(grads), numbers, outs)
         pairs = zip([("cpu", want), *runs], [("cpu", plain), *plain_runs], strict=True)
         for (where, one), (_, other) in pairs:
-            assert all(torch.equal(*pair) for pair in zip(one[3], other[3], strict=True)), where
+            # Where two float32 matrices meet on a GPU, the vendor's library sums in its own order.
+            rtol = 1e-5 if where == "cuda" and dtype == torch.float32 else 0
+            for a, b in zip(one[3], other[3], strict=True):
+                torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
 
 
 def test_project_keeps_what_is_not_finite_in_its_row(parity):
