@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from benches.harness import Case, Options, Samples, copy_case, interleave, peer, timed
-from benches.report import Report, Table, number, percent
+from benches.report import Report
+from benches.tables import Table, number, percent
 from benches.workloads import parameter_shapes, state_bytes
 from gradpress.optim import AdamW8bit
 

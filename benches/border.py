@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from benches.harness import Case, Options, Samples, interleave
-from benches.report import Report, Table, number
+from benches.report import Report
+from benches.tables import Table, number
 from gradpress import _core
 from gradpress.ops import dynamic, lowrank, optim, quant
 

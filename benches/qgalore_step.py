@@ -12,7 +12,8 @@ import torch
 import gradpress
 from benches import shim
 from benches.harness import Case, Options, Samples, no_collection, one_round, peer
-from benches.report import Report, Table, number, percent
+from benches.report import Report
+from benches.tables import Table, number, percent
 from benches.workloads import Gradients, llama, nbytes, state_bytes
 from gradpress.train.sizes import SIZES
 

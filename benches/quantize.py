@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 
 from benches.harness import Case, Options, Samples, copy_case, interleave, peer
-from benches.report import Report, Table, number, percent
+from benches.report import Report
+from benches.tables import Table, number, percent
 from gradpress import _core
 from gradpress.ops import dynamic, quant
 

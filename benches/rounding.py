@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benches.harness import Options
-from benches.report import Report, Table
+from benches.report import Report
+from benches.tables import Table
 from gradpress.train import RunOptions, TrainConfig, start_run
 
 RATES = (1e-3, 3e-3, 1e-2)

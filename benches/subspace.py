@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from benches.harness import Case, Options, Samples, interleave
-from benches.report import Report, Table, number, percent
+from benches.report import Report
+from benches.tables import Table, number, percent
 from benches.workloads import spectrum_matrix
 from gradpress.ops import lowrank
 
@@ -18,8 +19,8 @@ QUICK_SHAPES = ((192, 512, 32),)
 PERTURBATION = 0.05
 OVERSAMPLE = 8
 
-_COLD, _WARM = "refresh_basis, cold", "refresh_basis, warm"
-_SVD, _LOWRANK = "torch.linalg.svd", "torch.svd_lowrank(niter=2)"
+COLD, WARM = "refresh_basis, cold", "refresh_basis, warm"
+SVD, LOWRANK = "torch.linalg.svd", "torch.svd_lowrank(niter=2)"
 
 
 @dataclass
@@ -58,8 +59,8 @@ def run(options: Options) -> Report:
     rounds = options.rounds(7)
     tables = []
     for rows, columns, rank in shapes:
-        problem = _problem(rows, columns, rank)
-        samples = interleave(_cases(problem), rounds)
+        problem = make_problem(rows, columns, rank)
+        samples = interleave(make_cases(problem), rounds)
         title = f"{rows} x {columns}, rank {rank}"
         tables.append(_table(title, problem, samples, options.limits.flops))
     return Report("Leading subspace of a gradient", _ABOUT, rounds, tables)
@@ -92,21 +93,23 @@ def _refresh(matrix: torch.Tensor, basis: torch.Tensor, vector: torch.Tensor, wa
     )
 
 
-def _problem(rows: int, columns: int, rank: int) -> Problem:
-    matrix, values = spectrum_matrix(rows, columns)
+def make_problem(rows: int, columns: int, rank: int, device: torch.device | str = "cpu") -> Problem:
+    """A matrix of known singular values, and the basis of a slightly different one."""
+    matrix, values = spectrum_matrix(rows, columns, device)
     short = min(rows, columns)
-    start = torch.zeros(short, rank), torch.zeros(short)
+    start = torch.zeros(short, rank, device=device), torch.zeros(short, device=device)
     _refresh(_perturbed(matrix), *start, warm=False)
     best = float(values[:rank].square().sum())
     return Problem(matrix, rank, best, start, {})
 
 
-def _cases(problem: Problem) -> list[Case]:
+def make_cases(problem: Problem) -> list[Case]:
+    """The contenders, which leave their bases in the problem."""
     matrix, rank = problem.matrix, problem.rank
     right = matrix.shape[0] >= matrix.shape[1]
     cold, vector = (torch.zeros_like(t) for t in problem.start)
     warm, warm_vector = (torch.zeros_like(t) for t in problem.start)
-    problem.bases.update({_COLD: cold, _WARM: warm})
+    problem.bases.update({COLD: cold, WARM: warm})
 
     def restore() -> None:
         for target, source in zip((warm, warm_vector), problem.start, strict=True):
@@ -128,23 +131,25 @@ def _cases(problem: Problem) -> list[Case]:
         return u, v
 
     return [
-        Case(_COLD, partial(_refresh, matrix, cold, vector, False)),
-        Case(_WARM, partial(_refresh, matrix, warm, warm_vector, True), restore),
-        keeping(_LOWRANK, sketch),
-        keeping(_SVD, full),
+        Case(COLD, partial(_refresh, matrix, cold, vector, False)),
+        Case(WARM, partial(_refresh, matrix, warm, warm_vector, True), restore),
+        keeping(LOWRANK, sketch),
+        keeping(SVD, full),
     ]
 
 
-def _energy(problem: Problem, basis: torch.Tensor) -> float:
+def energy(problem: Problem, basis: torch.Tensor) -> float:
+    """The squared norm that a basis captures, over the most that its rank can."""
     matrix = problem.matrix.double()
     right = matrix.shape[0] >= matrix.shape[1]
     image = matrix @ basis.double() if right else matrix.T @ basis.double()
     return float(image.square().sum()) / problem.best
 
 
-def _orthogonality(basis: torch.Tensor) -> float:
+def orthogonality(basis: torch.Tensor) -> float:
+    """The largest entry of ``|B^T B - 1|``."""
     basis = basis.double()
-    return float((basis.T @ basis - torch.eye(basis.shape[1])).abs().max())
+    return float((basis.T @ basis - torch.eye(basis.shape[1], device=basis.device)).abs().max())
 
 
 def _table(title: str, problem: Problem, samples: Samples, peak: float) -> Table:
@@ -159,9 +164,9 @@ def _table(title: str, problem: Problem, samples: Samples, peak: float) -> Table
         "energy",
         "orthogonality",
     )
-    products = {_COLD: 3 * problem.cold_work, _WARM: 2 * problem.work}
+    products = {COLD: 3 * problem.cold_work, WARM: 2 * problem.work}
     rows = []
-    for name in (_COLD, _WARM, _LOWRANK, _SVD):
+    for name in (COLD, WARM, LOWRANK, SVD):
         seconds, basis = samples.median(name), problem.bases[name]
         rate = products[name] / seconds if name in products else None
         rows.append(
@@ -171,10 +176,10 @@ def _table(title: str, problem: Problem, samples: Samples, peak: float) -> Table
                 number(1e3 * samples.minimum(name)),
                 number(rate / 1e9) if rate else "-",
                 percent(rate / peak) if rate else "-",
-                number(samples.ratio(_SVD, name)),
-                number(samples.ratio(_LOWRANK, name)),
-                f"{_energy(problem, basis):.5f}",
-                f"{_orthogonality(basis):.1e}",
+                number(samples.ratio(SVD, name)),
+                number(samples.ratio(LOWRANK, name)),
+                f"{energy(problem, basis):.5f}",
+                f"{orthogonality(basis):.1e}",
             )
         )
     return Table(title, head, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -35,12 +36,16 @@ def parameter_shapes(size: str) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for p in llama(size).parameters()]
 
 
-def spectrum_matrix(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random matrix with the singular values ``i ** -0.7``, and these."""
+def spectrum_matrix(
+    rows: int, columns: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random matrix with the singular values ``i ** -0.7``, and these (on the CPU)."""
     short = min(rows, columns)
     values = torch.arange(1, short + 1, dtype=torch.float64) ** -0.7
-    left, right = (torch.linalg.qr(torch.randn(n, short))[0] for n in (rows, columns))
-    return (left * values.float()) @ right.T, values
+    left, right = (
+        torch.linalg.qr(torch.randn(n, short, device=device))[0] for n in (rows, columns)
+    )
+    return (left * values.float().to(device)) @ right.T, values
 
 
 class Gradients:
@@ -53,13 +58,20 @@ class Gradients:
         values: One tensor for each shape, overwritten by :meth:`fill`.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[int]], rank: int) -> None:
-        self.values = [torch.empty(tuple(shape)) for shape in shapes]
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        rank: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        kind: Any = {"device": device, "dtype": dtype}
+        self.values = [torch.empty(tuple(shape), **kind) for shape in shapes]
         self._factors = []
         for shape in shapes:
             ranks = min(rank, *shape)
-            decay = torch.arange(1, ranks + 1) ** -0.7 / ranks**0.5
-            factors = [torch.randn(n, ranks) for n in shape] if len(shape) == 2 else None
+            decay = (torch.arange(1, ranks + 1) ** -0.7 / ranks**0.5).to(**kind)
+            factors = [torch.randn(n, ranks, **kind) for n in shape] if len(shape) == 2 else None
             self._factors.append((factors[0] * decay, factors[1].T) if factors else None)
 
     def fill(self) -> None:
