@@ -54,6 +54,21 @@ class AdamHyper(NamedTuple):
         )
 
 
+def released_form(hyper: AdamHyper, step: int) -> AdamHyper:
+    """The numbers with which the kernels compute what the code of GaLore, APOLLO and Fira does.
+
+    Epsilon is added to the root of the second moment before its bias is corrected, and the decay
+    comes after the step: ``p = (p - a * m / (sqrt(v) + eps)) * (1 - lr * weight_decay)`` with
+    ``a = lr * sqrt(1 - beta2**step) / (1 - beta1**step)``.
+    """
+    keep = 1.0 - hyper.lr * hyper.weight_decay or 1e-30
+    return hyper._replace(
+        eps=hyper.eps / math.sqrt(1.0 - hyper.beta2**step),
+        lr=hyper.lr * keep,
+        weight_decay=hyper.weight_decay / keep,
+    )
+
+
 def state_block_size(group: dict[str, Any]) -> int:
     """Elements of a moment that share a scale."""
     size = group["block_size"]
@@ -64,17 +79,29 @@ def new_moments(
     state: State, shape: Sequence[int], device: torch.device, group: dict[str, Any]
 ) -> None:
     """Adds zero moments to a state: codes, or float32 for 32 bits and small tensors."""
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        new_moment(state, name, shape, device, group, signed=signed)
+
+
+def new_moment(
+    state: State,
+    name: str,
+    shape: Sequence[int],
+    device: torch.device,
+    group: dict[str, Any],
+    *,
+    signed: bool,
+) -> None:
+    """Adds one zero moment: `name` in float32, or ``{name}_codes`` and ``{name}_scale``."""
     bits, numel = group["state_bits"], math.prod(shape)
     if bits == 32 or numel < group["min_8bit_size"]:
-        for name in FLOATS:
-            state[name] = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
+        state[name] = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
         return
     blocks = -(-numel // state_block_size(group))
     stored = dynamic.stored_shape(tuple(shape), bits)
-    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        zero = dynamic.zero_byte(signed=signed, bits=bits)
-        state[f"{name}_codes"] = torch.full(stored, zero, dtype=torch.uint8, device=device)
-        state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+    zero = dynamic.zero_byte(signed=signed, bits=bits)
+    state[f"{name}_codes"] = torch.full(stored, zero, dtype=torch.uint8, device=device)
+    state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=device)
 
 
 class Batch(NamedTuple):

@@ -58,7 +58,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             raise ValueError(f"Invalid learning rate: {lr}")
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        for index, beta in enumerate(group["betas"]):
+        for index, beta in enumerate(group.get("betas", ())):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
         if not group["weight_decay"] >= 0.0:
@@ -121,6 +121,15 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def _step_group(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """Steps parameters of one group that are on one device; there is at least one."""
+        raise NotImplementedError
+
+    def _planned_state(self, group: Group, p: torch.Tensor) -> State:
+        """What `step` would make for a parameter; the tensors are on the meta device.
+
+        Args:
+            group: The options.
+            p: A tensor of the parameter's shape and dtype on the meta device.
+        """
         raise NotImplementedError
 
     def _check_gradients(self, params: Iterable[torch.Tensor]) -> None:

@@ -24,12 +24,13 @@ from gradpress.optim._adam import (
     step_directions,
     step_parameters,
 )
-from gradpress.optim._base import Group, LowBitOptimizer, new_step, plain_gradient
+from gradpress.optim._base import Group, State, new_step, plain_gradient
+from gradpress.optim._blockwise import BlockwiseOptimizer
 from gradpress.optim._scaling import Scale
 from gradpress.optim._weights import requantize_with_update
 
 
-class AdamW8bit(LowBitOptimizer):
+class AdamW8bit(BlockwiseOptimizer):
     r"""AdamW whose two moments take one byte each.
 
     .. math::
@@ -121,35 +122,19 @@ class AdamW8bit(LowBitOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        if group["state_bits"] not in (4, 8, 32):
-            raise ValueError(f"Invalid state_bits value: {group['state_bits']}")
-        size = group["block_size"]
-        if size is not None and (size < 1 or (group["state_bits"] == 4 and size % 2)):
-            raise ValueError(f"Invalid block_size value: {size}")
-        if group["weight_rounding"] not in ("stochastic", "nearest"):
-            raise ValueError(f"Invalid weight_rounding value: {group['weight_rounding']!r}")
-        if not 0 <= group["seed"] < 1 << 64:
-            raise ValueError(f"Invalid seed value: {group['seed']}")
-
-    @property
-    def nonfinite_gradients(self) -> int:
-        """How many gradient elements were NaN or infinite, and left alone, since construction."""
-        return sum(int(count.item()) for count in self._counters().values())
-
-    def _counters(self) -> dict[torch.device, torch.Tensor]:
-        counters: dict[torch.device, torch.Tensor] = self.__dict__.setdefault("_nonfinite", {})
-        return counters
-
-    def _counter(self, device: torch.device) -> torch.Tensor:
-        counters = self._counters()
-        if device not in counters:
-            counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        return counters[device]
+    def _planned_state(self, group: Group, p: torch.Tensor) -> State:
+        state: State = {"step": new_step()}
+        new_moments(state, p.shape, p.device, group)
+        return state
 
     def _step_group(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         self._step_unprojected(group, params, scale)
+
+    def _hypers(
+        self, group: Group, params: list[torch.Tensor], scale: Scale
+    ) -> list[tuple[list[torch.Tensor], AdamHyper]]:
+        """The parameters, divided where the numbers of their steps differ."""
+        return [(params, AdamHyper.of(group, scale))]
 
     def _step_unprojected(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """AdamW on whole gradients, for dense and for quantized parameters."""
@@ -160,7 +145,10 @@ class AdamW8bit(LowBitOptimizer):
                 state["step"], state["tensor_id"] = new_step(), ids[p]
                 new_moments(state, p.shape, p.device, group)
             state["step"] += 1
-        hyper = AdamHyper.of(group, scale)
+        for chosen, hyper in self._hypers(group, params, scale):
+            self._step_whole(group, chosen, hyper)
+
+    def _step_whole(self, group: Group, params: list[torch.Tensor], hyper: AdamHyper) -> None:
         for p in params:
             if isinstance(p, QuantizedWeight):
                 self._step_quantized(group, p, hyper)
