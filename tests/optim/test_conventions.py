@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.optim.test_drop_in import (
     MAKERS,
+    adamp_int8,
     assert_same,
     every,
     qgalore,
@@ -21,7 +22,17 @@ from torch import nn
 
 import gradpress
 
-CLASSES = [gradpress.optim.AdamW8bit, gradpress.optim.QGaLoreAdamW]
+CLASSES = [
+    gradpress.optim.AdamW4bit,
+    gradpress.optim.AdamW8bit,
+    gradpress.optim.QGaLoreAdamW,
+    gradpress.optim.GaLoreAdamW,
+    gradpress.optim.Apollo,
+    gradpress.optim.ApolloMini,
+    gradpress.optim.Fira,
+]
+# Their own papers' defaults stand before those of AdamW.
+OTHERS = [gradpress.optim.AdamP, gradpress.optim.DiffGrad]
 classes = pytest.mark.parametrize("optimizer_class", CLASSES)
 
 
@@ -39,7 +50,7 @@ def test_signature_extends_that_of_pytorch(optimizer_class):
     assert positional == ["lr", "betas", "eps", "weight_decay"]
 
 
-@classes
+@pytest.mark.parametrize("optimizer_class", [*CLASSES, *OTHERS])
 def test_parameters_come_in_every_form(optimizer_class):
     def fresh():
         return [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))]
@@ -215,7 +226,9 @@ def replicate(rank, world, port, name):
     leave()
 
 
-@pytest.mark.parametrize("make", [qgalore, qgalore_int8], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [qgalore, qgalore_int8, adamp_int8], ids=lambda make: make.__name__
+)
 def test_replicas_agree_bit_for_bit(make):
     arguments = (2, free_port(), make.__name__)
     torch.multiprocessing.spawn(replicate, arguments, nprocs=2)

@@ -51,7 +51,122 @@ def qgalore_int8(model, **options):
     return qgalore(gradpress.nn.quantize_(model), **options)
 
 
-MAKERS = [adamw8bit, adamw4bit, adamw32bit, adamw8bit_int8, qgalore, qgalore_int8]
+def adamw4bit_class(model, **options):
+    return gradpress.optim.AdamW4bit(model.parameters(), lr=1e-2, **SMALL, **options)
+
+
+def adamp(model, **options):
+    options = {"weight_decay": 1e-2, **SMALL, **options}
+    return gradpress.optim.AdamP(model.named_parameters(), lr=1e-2, **options)
+
+
+def adamp32bit(model, **options):
+    return adamp(model, state_bits=32, nesterov=True, **options)
+
+
+def adamp_int8(model, **options):
+    return adamp(gradpress.nn.quantize_(model), nesterov=True, **options)
+
+
+def sgdp(model, **options):
+    options = {"momentum": 0.9, "weight_decay": 1e-4, **SMALL, **options}
+    return gradpress.optim.SGDP(model.named_parameters(), lr=1e-2, **options)
+
+
+def sgdp_int8(model, **options):
+    return sgdp(gradpress.nn.quantize_(model), nesterov=True, **options)
+
+
+def diffgrad(model, **options):
+    return gradpress.optim.DiffGrad(model.parameters(), lr=1e-2, **SMALL, **options)
+
+
+def diffgrad4bit(model, **options):
+    return diffgrad(model, state_bits=4, reference=True, weight_decay=1e-4, **options)
+
+
+def diffgrad_int8(model, **options):
+    return diffgrad(gradpress.nn.quantize_(model), variant="wide", **options)
+
+
+def low_rank(name, model, **options):
+    groups = gradpress.optim.param_groups(model, rank=4, update_proj_gap=3, verbose=False)
+    return getattr(gradpress.optim, name)(groups, lr=1e-2, **SMALL, **options)
+
+
+def galore32bit(model, **options):
+    return low_rank("GaLoreAdamW", model, **options)
+
+
+def galore_rotating(model, **options):
+    """Codes everywhere, and moments that a refresh turns."""
+    bits = {"state_bits": 8, "projector_bits": 8, "moments": "rotate"}
+    return low_rank("GaLoreAdamW", model, **bits, **options)
+
+
+def galore_full32bit(model, **options):
+    own = {"proj_type": "full", "moments": "reset", "reference": True, "scale": 1.0}
+    return low_rank("GaLoreAdamW", model, **own, **options)
+
+
+def galore_reverse_int8(model, **options):
+    own = {"proj_type": "reverse_std", "stagger": True, "state_bits": 8}
+    return low_rank("GaLoreAdamW", gradpress.nn.quantize_(model), **own, **options)
+
+
+def apollo32bit(model, **options):
+    return low_rank("Apollo", model, **options)
+
+
+def apollo_int8(model, **options):
+    own = {"state_bits": 8, "scale_front": True}
+    return low_rank("Apollo", gradpress.nn.quantize_(model), **own, **options)
+
+
+def apollo_mini32bit(model, **options):
+    return gradpress.optim.ApolloMini(
+        model.named_parameters(), lr=1e-2, scale=16.0, update_proj_gap=3, **SMALL, **options
+    )
+
+
+def fira32bit(model, **options):
+    return low_rank("Fira", model, **options)
+
+
+def fira_int8(model, **options):
+    own = {"state_bits": 8, "projector_bits": 4, "reference": True}
+    return low_rank("Fira", gradpress.nn.quantize_(model), **own, **options)
+
+
+LOW_RANK = [
+    galore32bit,
+    galore_rotating,
+    galore_full32bit,
+    galore_reverse_int8,
+    apollo32bit,
+    apollo_int8,
+    apollo_mini32bit,
+    fira32bit,
+    fira_int8,
+]
+MAKERS = [
+    *LOW_RANK,
+    adamw8bit,
+    adamw4bit,
+    adamw32bit,
+    adamw8bit_int8,
+    qgalore,
+    qgalore_int8,
+    adamw4bit_class,
+    adamp,
+    adamp32bit,
+    adamp_int8,
+    sgdp,
+    sgdp_int8,
+    diffgrad,
+    diffgrad4bit,
+    diffgrad_int8,
+]
 every = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
@@ -215,7 +330,7 @@ def test_closure_and_hooks(make):
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen[:3] == ["pre", "post", "save"]
     assert torch.float32 in seen[3]
-    assert (torch.uint8 in seen[3]) == (make is not adamw32bit)
+    assert (torch.uint8 in seen[3]) == ("32bit" not in make.__name__)
 
 
 @every
@@ -310,7 +425,7 @@ def test_shapes_of_all_kinds(make):
         assert p.numel() == 0 or (p < old).any()
 
 
-@pytest.mark.parametrize("make", [adamw8bit, adamw32bit, qgalore])
+@pytest.mark.parametrize("make", [adamw8bit, adamw32bit, qgalore, adamp, sgdp, diffgrad])
 def test_compiled_model_trains(make):
     model, optimizer = setup(make)
     compiled = torch.compile(model, backend="aot_eager")

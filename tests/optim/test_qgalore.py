@@ -12,6 +12,7 @@ from gradpress.optim import _projector
 
 GROUP = {
     "rank": 1,
+    "proj_type": "std",
     "update_proj_gap": 200,
     "queue_size": 5,
     "cos_threshold": 0.4,

@@ -5,7 +5,10 @@ from gradpress.optim._groups import param_groups
 from gradpress.optim.adamp import SGDP, AdamP
 from gradpress.optim.adamw4bit import AdamW4bit
 from gradpress.optim.adamw8bit import AdamW8bit
+from gradpress.optim.apollo import Apollo, ApolloMini
 from gradpress.optim.diffgrad import DiffGrad
+from gradpress.optim.fira import Fira
+from gradpress.optim.galore import GaLoreAdamW
 from gradpress.optim.qgalore import QGaLoreAdamW
 
 __all__ = [
@@ -13,8 +16,12 @@ __all__ = [
     "AdamP",
     "AdamW4bit",
     "AdamW8bit",
+    "Apollo",
+    "ApolloMini",
     "DiffGrad",
+    "Fira",
     "FusedBackward",
+    "GaLoreAdamW",
     "QGaLoreAdamW",
     "fused_backward",
     "param_groups",

@@ -18,8 +18,8 @@ _logger = logging.getLogger("gradpress")
 def param_groups(
     model: nn.Module,
     rank: int,
-    update_proj_gap: int = 200,
-    scale: float = 0.25,
+    update_proj_gap: int | None = None,
+    scale: float | None = None,
     target_modules: Targets = None,
     verbose: bool = True,
     **options: Any,
@@ -33,8 +33,8 @@ def param_groups(
     Args:
         model: Any module.
         rank: Directions kept for each projected weight.
-        update_proj_gap: Steps between refreshes, to begin with.
-        scale: Factor on the back-projected update.
+        update_proj_gap: Steps between refreshes, to begin with; the optimizer's default when None.
+        scale: Factor on the back-projected update; the optimizer's default when None.
         target_modules: Which Linear weights are projected: None or ``"all-linear"`` for all but
             the output head and shared weights; otherwise names, parts of names or regular
             expressions.
@@ -65,10 +65,11 @@ def param_groups(
     if verbose:
         print(text)
     _warn_of_little_use(rank, projected)
-    low_rank = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, **options}
-    groups: list[dict[str, Any]] = [{"params": projected, **low_rank}]
+    low_rank = {"update_proj_gap": update_proj_gap, "scale": scale}
+    given = {name: value for name, value in low_rank.items() if value is not None}
+    groups: list[dict[str, Any]] = [{"params": projected, "rank": rank, **given, **options}]
     if rest:
-        groups.append({"params": rest})
+        groups.append({"params": rest, "rank": None})
     return groups
 
 

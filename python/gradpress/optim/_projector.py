@@ -13,16 +13,15 @@ from gradpress.ops.lowrank import REFRESHED, PackedBases, Refresh
 State = dict[str, Any]
 Group = dict[str, Any]
 
+#: The names of a basis on the side of the shorter dimension, and of one on the longer side.
+SHORT, LONG = "projector", "projector_long"
+
 #: State tensors that keep their dtype when a checkpoint is loaded.
 KEEP: tuple[str, ...] = (
-    "projector",
-    "projector_codes",
-    "projector_scale",
-    "projector_zero_point",
+    *(name + part for name in (SHORT, LONG) for part in ("", "_codes", "_scale", "_zero_point")),
     "projector_vector",
     "projector_cosines",
 )
-
 
 #: Of these the ones that decide about later refreshes, on the host.
 ON_HOST: tuple[str, ...] = ("projector_cosines",)
@@ -45,21 +44,40 @@ def new_projector(
     state["projector_offset"] = offset
     state["projector_refreshes"] = 0
     state["projector_energy"] = 0.0
-    state["projector_cosine_count"] = 0
-    state["projector_cosines"] = torch.zeros(group["queue_size"], dtype=torch.float32)
+    if "queue_size" in group:
+        state["projector_cosine_count"] = 0
+        state["projector_cosines"] = torch.zeros(group["queue_size"], dtype=torch.float32)
     state["projector_vector"] = torch.zeros(short, dtype=torch.float32, device=device)
-    store_basis(state, torch.eye(short, rank, dtype=torch.float32, device=device), group)
+    for name, length in kept_bases(shape, group["proj_type"]).items():
+        store_basis(state, torch.eye(length, rank, device=device), group, name)
 
 
-def load_basis(state: State, shape: tuple[int, int], group: Group) -> torch.Tensor:
-    """The basis as float32 ``[min(shape), rank]``."""
+def kept_bases(shape: tuple[int, int], proj_type: str) -> dict[str, int]:
+    """The names of the bases that a type of projection keeps, with their numbers of rows.
+
+    ``projector`` stands on the side of the shorter dimension and ``projector_long`` on the other;
+    of a square matrix the columns count as the shorter one.
+    """
+    short_side, long_side = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
+    bases = {}
+    if proj_type in ("std", "full", short_side):
+        bases[SHORT] = min(shape)
+    if proj_type in ("reverse_std", "full", long_side):
+        bases[LONG] = max(shape)
+    return bases
+
+
+def load_basis(
+    state: State, shape: tuple[int, int], group: Group, name: str = SHORT
+) -> torch.Tensor:
+    """A basis as float32 ``[rows, rank]``."""
     if group["projector_bits"] is None:
-        return cast(torch.Tensor, state["projector"])
+        return cast(torch.Tensor, state[name])
     basis = kernels.dequantize_blockwise(
-        state["projector_codes"],
-        state["projector_scale"],
-        state["projector_zero_point"],
-        shape=(min(shape), state["projector_rank"]),
+        state[f"{name}_codes"],
+        state[f"{name}_scale"],
+        state[f"{name}_zero_point"],
+        shape=(kept_bases(shape, group["proj_type"])[name], state["projector_rank"]),
         bits=group["projector_bits"],
         group_size=group["projector_group_size"],
     )
@@ -78,10 +96,10 @@ def bases_of(states: list[State], group: Group) -> list[torch.Tensor] | PackedBa
     return PackedBases(codes, scales, zero_points, bits, group_size)
 
 
-def store_basis(state: State, basis: torch.Tensor, group: Group) -> None:
+def store_basis(state: State, basis: torch.Tensor, group: Group, name: str = SHORT) -> None:
     """Stores a basis, rounded to nearest when the projector has integer codes."""
     if group["projector_bits"] is None:
-        state["projector"] = basis
+        state[name] = basis
         return
     parts = kernels.quantize_blockwise(
         basis,
@@ -89,9 +107,9 @@ def store_basis(state: State, basis: torch.Tensor, group: Group) -> None:
         group_size=group["projector_group_size"],
         rounding="nearest",
     )
-    state["projector_codes"] = parts.codes
-    state["projector_scale"] = parts.scale
-    state["projector_zero_point"] = parts.zero_point
+    state[f"{name}_codes"] = parts.codes
+    state[f"{name}_scale"] = parts.scale
+    state[f"{name}_zero_point"] = parts.zero_point
 
 
 def is_due(state: State, completed_steps: int) -> bool:
@@ -100,6 +118,13 @@ def is_due(state: State, completed_steps: int) -> bool:
         return True
     since = completed_steps + int(state["projector_offset"])
     return since % int(state["projector_interval"]) == 0
+
+
+def count(state: State, outcome: Refresh) -> None:
+    """Counts a refresh that found something."""
+    state["projector_refreshes"] += 1
+    state["projector_energy"] = outcome.energy
+    state["projector_ready"] = 1
 
 
 def record(state: State, outcome: Refresh, group: Group) -> None:
@@ -111,18 +136,17 @@ def record(state: State, outcome: Refresh, group: Group) -> None:
     """
     if outcome.status != REFRESHED:
         return
-    state["projector_refreshes"] += 1
-    state["projector_energy"] = outcome.energy
-    if not state["projector_ready"]:
-        state["projector_ready"] = 1
+    first = not state["projector_ready"]
+    count(state, outcome)
+    if first:
         return
     cosines = state["projector_cosines"]
-    size, count = cosines.numel(), state["projector_cosine_count"]
-    if count == size:
+    size, filled = cosines.numel(), state["projector_cosine_count"]
+    if filled == size:
         cosines[:-1] = cosines[1:].clone()
     else:
-        count += 1
-    cosines[count - 1] = outcome.cosine
-    state["projector_cosine_count"] = count
-    if count == size and float(cosines.mean()) >= group["cos_threshold"]:
+        filled += 1
+    cosines[filled - 1] = outcome.cosine
+    state["projector_cosine_count"] = filled
+    if filled == size and float(cosines.mean()) >= group["cos_threshold"]:
         state["projector_interval"] = int(group["gamma_proj"] * state["projector_interval"])
