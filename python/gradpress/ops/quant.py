@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from gradpress import _core
 from gradpress.ops._arrays import (
     Array,
@@ -102,7 +104,8 @@ def quantize_blockwise(
     The kernel counts on the device; this function waits for the count.
 
     Args:
-        x: float32, float16 or bfloat16, any shape; a copy is made when it is not contiguous.
+        x: float32, float16 or bfloat16, any shape; a copy is made when it is not contiguous. A
+            tensor on the meta device gives results there: their shapes.
         bits: 4 or 8.
         group_size: Elements that share a scale; the last group may have fewer.
         symmetric: Signed codes around zero in place of unsigned codes with a zero point.
@@ -122,6 +125,8 @@ def quantize_blockwise(
     check_seed(op, seed)
     x = contiguous(check_array(op, "x", x))
     codes, scale, zero_point = allocate_codes(x, tuple(x.shape), bits, group_size, symmetric)
+    if isinstance(x, torch.Tensor) and x.is_meta:
+        return Quantized(codes, scale, zero_point, 0)
     nonfinite = new_counter(x)
     _core.quantize_blockwise(
         x, codes, scale, zero_point, nonfinite, bits, stochastic, group_size, seed, tensor_id, step
