@@ -141,3 +141,29 @@ def test_a_scalers_flag_is_read_on_the_device(name, quantized):
     if name == "QGaLoreAdamW":
         assert {s["projector_refreshes"] for s in other.values() if "projector_rank" in s} == {3}
     assert optimizer.nonfinite_gradients == 0
+
+
+FAMILY = {
+    "AdamW4bit": {},
+    "AdamP": {},
+    "SGDP": {"momentum": 0.9},
+    "DiffGrad": {},
+    "GaLoreAdamW": {"rank": 4, "update_proj_gap": 2, "moments": "rotate", "proj_type": "full"},
+    "Apollo": {"rank": 4, "update_proj_gap": 2},
+    "ApolloMini": {},
+    "Fira": {"rank": 4, "update_proj_gap": 2},
+}
+
+
+@pytest.mark.parametrize("quantized", [None, 8])
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_whole_family_goes_the_cpus_way(name, quantized):
+    """Where products are summed in another order, codes move where they are at the brink."""
+    make = getattr(gradpress.optim, name)
+    options = {"lr": 1e-2, "min_8bit_size": 100, **FAMILY[name]}
+    (cpu, _), (device, _) = both(lambda params: make(params, **options), torch.float32, quantized)
+    start = [p.detach() for p in model(torch.float32).parameters()]
+    for got, want, before in zip(device, cpu, start, strict=True):
+        moved = (want - before).norm()
+        assert moved > 0
+        assert (got - want).norm() <= 0.05 * moved
