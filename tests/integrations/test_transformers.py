@@ -96,7 +96,12 @@ def test_resumes_from_a_checkpoint_bit_for_bit(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_quantized_weights_and_other_optimizers(tmp_path):
-    for name, options in [("AdamW8bit", {"state_bits": 4}), ("QGaLoreAdamW", {"rank": 4})]:
+    for name, options in [
+        ("AdamW8bit", {"state_bits": 4}),
+        ("QGaLoreAdamW", {"rank": 4}),
+        ("ApolloMini", {}),
+        ("AdamP", {"nesterov": True}),
+    ]:
         model = gradpress.nn.quantize_(tiny(), bits=8, group_size=32)
         trainer = trained(
             tmp_path / name, model, options={"optimizer": name, **options}, save_strategy="no"
@@ -130,6 +135,15 @@ def test_targets_mean_what_the_trainer_documents(tmp_path):
         assert kwargs["scale"] == 0.1
     got, _ = chosen(model, args, target_modules=["layers.1.mlp"])
     assert got == {n for n in mlp if "layers.1" in n}
+
+
+def test_a_rank_by_default_is_for_projected_weights_only(tmp_path):
+    model = tiny()
+    got, kwargs = chosen(model, arguments(tmp_path), optimizer="ApolloMini")
+    assert got == {n for n, _ in model.named_parameters() if n.endswith("proj.weight")}
+    assert {group["rank"] for group in kwargs["params"]} == {1, None}
+    _, kwargs = chosen(model, arguments(tmp_path), optimizer="AdamP")
+    assert all("rank" not in group for group in kwargs["params"])
 
 
 def test_options_are_read_and_checked(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -71,8 +72,9 @@ def trainer_optimizer(
     if target_modules is None:
         target_modules = args.optim_target_modules
     projected: set[int] = set()
+    rank = given.pop("rank", known.get("rank"))
     if "rank" in known:
-        if given.get("rank") is None:
+        if rank is None:
             raise ValueError("trainer_optimizer: rank must be given, as an option or in optim_args")
         projected = _projected(model, target_modules)
     shared = {
@@ -81,8 +83,8 @@ def trainer_optimizer(
         "eps": args.adam_epsilon,
     }
     shared = {name: value for name, value in shared.items() if name in known}
-    low_rank = {"rank": given.pop("rank")} if "rank" in given else {}
-    groups = _groups(model, projected, args.weight_decay, low_rank)
+    ranks = ({"rank": rank}, {"rank": None}) if "rank" in known else ({}, {})
+    groups = _groups(model, projected, args.weight_decay, ranks)
     return chosen, {"params": groups, **shared, **given}
 
 
@@ -99,15 +101,17 @@ def _class_of(optimizer: str | type[LowBitOptimizer]) -> type[LowBitOptimizer]:
     return optimizer
 
 
-def _options_of(chosen: type) -> set[str]:
-    """Every option that the class or one of those it stands on takes by name."""
-    names: set[str] = set()
+def _options_of(chosen: type) -> dict[str, Any]:
+    """Every option that the class or one of those it stands on takes by name, with its default."""
+    options: dict[str, Any] = {}
     for base in chosen.__mro__:
         if base is torch.optim.Optimizer:
             break
         parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return names - {"self", "params", "defaults"}
+        for p in parameters:
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+                options.setdefault(p.name, p.default)
+    return {k: v for k, v in options.items() if k not in ("self", "params", "defaults")}
 
 
 def _parse(text: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -155,9 +159,15 @@ def _projected(model: nn.Module, target_modules: str | Sequence[str] | None) -> 
 
 
 def _groups(
-    model: nn.Module, projected: set[int], weight_decay: float, low_rank: dict[str, Any]
+    model: nn.Module,
+    projected: set[int],
+    weight_decay: float,
+    ranks: tuple[dict[str, Any], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Groups by decay and projection, without frozen parameters and without empty groups."""
+    """Groups by decay and projection, without frozen parameters and without empty groups.
+
+    `ranks` are the options of projected weights and of all others.
+    """
     from transformers.trainer_pt_utils import get_parameter_names
 
     names = get_parameter_names(model, [nn.LayerNorm], list(_NO_DECAY))  # type: ignore[no-untyped-call]
@@ -170,7 +180,7 @@ def _groups(
         {
             "params": named,
             "weight_decay": weight_decay if decays else 0.0,
-            **(low_rank if is_projected else {}),
+            **ranks[0 if is_projected else 1],
         }
         for (is_projected, decays), named in sorted(groups.items(), reverse=True)
     ]
@@ -212,6 +222,8 @@ def _numbers(model: nn.Module, optimizer: LowBitOptimizer) -> dict[str, float]:
     rows = report().rows if callable(report) else ()
     if rows:
         numbers["gradpress/refreshes"] = float(sum(row.refreshes for row in rows))
-        numbers["gradpress/captured_energy"] = sum(row.energy for row in rows) / len(rows)
+        energies = [row.energy for row in rows if not math.isnan(row.energy)]
+        if energies:  # random projections have none
+            numbers["gradpress/captured_energy"] = sum(energies) / len(energies)
         numbers["gradpress/rank_mean"] = sum(row.rank for row in rows) / len(rows)
     return numbers
