@@ -5,6 +5,7 @@ mod back;
 mod dense;
 mod product;
 mod search;
+mod space;
 
 pub use back::{add, requantize, requantize_workspace};
 pub use product::{project, project_workspace};

@@ -1,8 +1,9 @@
 //! The leading directions of a matrix, found without waiting for the device: what goes on is decided
 //! there, while the launches are always the same.
 
-use super::dense::{Columns, Dense};
-use super::product::{Gate, Product, Room, Size};
+use super::dense::Columns;
+use super::product::{Gate, Product, Size};
+use super::space::{Extent, Space, partials};
 use super::{Basis, PROJECT, REFRESH, of_element};
 use crate::cuda::{Arena, Args, Module, Pointer, Shape, Stream};
 use crate::error::Result;
@@ -42,82 +43,6 @@ enum Decision {
 const ROUGH_PASSES: usize = 2;
 const EXACT_PASSES: usize = 3;
 const SVD_PASSES: usize = 4;
-
-/// The workspace of a search.
-struct Space {
-    dense: Dense,
-    /// `[long, width]`: the images of columns, and of the probes.
-    y: Pointer,
-    /// Another one, where left vectors are wanted.
-    left: Pointer,
-    /// `[short, width]` each; `other` takes turns with the two before.
-    start: Pointer,
-    z: Pointer,
-    other: Pointer,
-    partial: Pointer,
-    magnitudes: Pointer,
-    signs: Pointer,
-    sums: Pointer,
-    room: Room,
-}
-
-/// The sizes of a search in an upright matrix `[long, short]`.
-#[derive(Clone, Copy)]
-struct Extent {
-    long: usize,
-    short: usize,
-    width: usize,
-    rank: usize,
-    /// Whether left vectors are wanted too.
-    both: bool,
-}
-
-impl Extent {
-    fn new(rows: usize, columns: usize, rank: usize, oversample: usize, both: bool) -> Self {
-        let (long, short) = (rows.max(columns), rows.min(columns));
-        let width = rank.saturating_add(oversample).min(short);
-        Self { long, short, width, rank, both }
-    }
-
-    fn parts(self) -> usize {
-        let Self { long, short, width, rank, .. } = self;
-        let size = |m, n, k| Size { m, n, k }.parts();
-        [
-            size(long, width, short),
-            size(short, width, long),
-            size(long, PROBES, short),
-            size(short, PROBES, rank),
-            size(short, width, width),
-            size(long, width, width),
-        ]
-        .into_iter()
-        .fold(0, usize::max)
-    }
-}
-
-impl Space {
-    fn new(arena: &mut Arena, extent: Extent) -> Self {
-        let Extent { long, short, width, rank, both } = extent;
-        Self {
-            dense: Dense::new(arena, width, if both { long } else { short }),
-            y: arena.take::<f32>(long * width.max(PROBES)),
-            left: arena.take::<f32>(if both { long * width } else { 0 }),
-            start: arena.take::<f32>(short * width),
-            z: arena.take::<f32>(short * width),
-            other: arena.take::<f32>(short * width),
-            partial: arena.take::<f64>(partials(long * short)),
-            magnitudes: arena.take::<u32>(partials(long * width)),
-            signs: arena.take::<f32>(rank * PROBES),
-            sums: arena.take::<f32>(short * PROBES),
-            room: Room::new(arena, extent.parts(), true),
-        }
-    }
-}
-
-/// Parts of a sum or of a maximum over `count` elements.
-fn partials(count: usize) -> usize {
-    count.div_ceil(1 << 16).clamp(1, 1024)
-}
 
 /// One search in a matrix.
 struct Search<'a> {
