@@ -76,8 +76,8 @@ _ABOUT = (
     f" basis (warm: that of the matrix plus {PERTURBATION:.0%} noise).",
     "`energy` is the squared norm that the basis captures over what the best subspace of this rank"
     " captures. `orthogonality` is the largest entry of |B^T B - 1|. `GFLOP/s` counts the products"
-    " with the gradient alone (cold: three of 2 m n (rank + 8) operations, warm: two of 2 m n"
-    " rank); orthogonalization and the small eigenproblem come on top, so `of mm`, the share of"
+    " with the gradient alone (2 m n (rank + 8) operations each: three cold, two warm, which"
+    f" carries {OVERSAMPLE} random directions along); orthogonalization and the small eigenproblem come on top, so `of mm`, the share of"
     " the rate of `torch.mm`, stays below 100 %.",
 )
 
@@ -164,7 +164,7 @@ def _table(title: str, problem: Problem, samples: Samples, peak: float) -> Table
         "energy",
         "orthogonality",
     )
-    products = {COLD: 3 * problem.cold_work, WARM: 2 * problem.work}
+    products = {COLD: 3 * problem.cold_work, WARM: 2 * problem.cold_work}
     rows = []
     for name in (COLD, WARM, LOWRANK, SVD):
         seconds, basis = samples.median(name), problem.bases[name]
