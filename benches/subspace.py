@@ -77,8 +77,8 @@ _ABOUT = (
     "`energy` is the squared norm that the basis captures over what the best subspace of this rank"
     " captures. `orthogonality` is the largest entry of |B^T B - 1|. `GFLOP/s` counts the products"
     " with the gradient alone (2 m n (rank + 8) operations each: three cold, two warm, which"
-    f" carries {OVERSAMPLE} random directions along); orthogonalization and the small eigenproblem come on top, so `of mm`, the share of"
-    " the rate of `torch.mm`, stays below 100 %.",
+    f" carries {OVERSAMPLE} random directions along); orthogonalization and the small eigenproblem"
+    " come on top, so `of mm`, the share of the rate of `torch.mm`, stays below 100 %.",
 )
 
 
