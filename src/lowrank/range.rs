@@ -139,7 +139,7 @@ pub fn fresh(threads: Threads, a: Matrix<'_>, columns: usize, key: Key) -> Optio
     Some(rotate(threads, a, &Subspace { columns, basis })?.1)
 }
 
-/// An earlier orthonormal basis `[n, rank]` with random columns orthonormal to it, `width` in all: by
+/// An earlier basis `[n, rank]` with random columns beside it, `width` in all and orthonormal: by
 /// these come directions that the matrix did not have before.
 pub fn start_basis(
     threads: Threads,
@@ -148,21 +148,16 @@ pub fn start_basis(
     width: usize,
     key: Key,
 ) -> Option<Vec<f32>> {
-    let (rows, extra) = (earlier.len() / rank, width - rank);
-    if extra == 0 {
-        return Some(earlier.to_vec());
+    let rows = earlier.len() / rank;
+    let mut start = random(key, rows * width);
+    let scale = (rows as f32).sqrt();
+    for (row, earlier) in start.chunks_mut(width).zip(earlier.chunks(rank)) {
+        let (kept, fresh) = row.split_at_mut(rank);
+        kept.copy_from_slice(earlier);
+        fresh.iter_mut().for_each(|value| *value /= scale);
     }
-    let all = random(key, rows * width);
-    let mut fresh: Vec<f32> = all.chunks(width).flat_map(|row| &row[rank..]).copied().collect();
-    normalize_columns(&mut fresh, extra);
-    // Only these few columns are made orthogonal: all of them would cost as much as a product.
-    let basis = Matrix::rows(earlier, rows, rank);
-    let inside = product(threads, basis.transposed(), Matrix::rows(&fresh, rows, extra));
-    let inside = product(threads, basis, Matrix::rows(&inside, rank, extra));
-    fresh.iter_mut().zip(inside).for_each(|(value, inside)| *value -= inside);
-    orthonormalize(threads, &mut fresh, extra, Goal::Exact)?;
-    let rows = earlier.chunks(rank).zip(fresh.chunks(extra));
-    Some(rows.flat_map(|(kept, fresh)| kept.iter().chain(fresh)).copied().collect())
+    orthonormalize(threads, &mut start, width, Goal::Rough)?;
+    Some(start)
 }
 
 /// One step of subspace iteration from an earlier basis of `columns` directions.
