@@ -24,7 +24,9 @@ static_assert(sizeof(AdamTensor) == 80, "as README.md says");
 using AdamList = List<AdamTensor>;
 
 struct AdamShared {
-    float beta1, beta2, eps;
+    float beta1, beta2;
+    float rest1, rest2; // one minus these, rounded once
+    float eps;
     float factor; // multiplies the gradient: sign and inverse of a scale known to the host
     u32 key[2];
     int stochastic;
@@ -32,19 +34,20 @@ struct AdamShared {
 
 struct AdamStep {
     __device__ AdamStep(const AdamTensor& tensor, const AdamShared& shared, const float* grad_scale)
-        : beta1(shared.beta1), beta2(shared.beta2), eps(shared.eps),
+        : beta1(shared.beta1), beta2(shared.beta2), rest1(shared.rest1), rest2(shared.rest2),
+          eps(shared.eps),
           factor(grad_scale ? shared.factor / *grad_scale : shared.factor),
           step_size(tensor.step_size), root(tensor.root) {}
 
-    float beta1, beta2, eps, factor, step_size, root;
+    float beta1, beta2, rest1, rest2, eps, factor, step_size, root;
 };
 
 // New moments and Adam's update; without a finite gradient the moments are the old ones.
 struct Adam {
     __device__ Adam(float gradient, float m, float v, const AdamStep& step) {
         const float g = gradient * step.factor;
-        const float new_m = step.beta1 * m + (1.0f - step.beta1) * g;
-        float new_v = step.beta2 * v + (1.0f - step.beta2) * g * g;
+        const float new_m = step.beta1 * m + step.rest1 * g;
+        float new_v = step.beta2 * v + step.rest2 * g * g;
         // The square of a gradient above 1e19 overflows; infinity would poison the whole block.
         new_v = new_v < 3.40282347e+38f ? new_v : 3.40282347e+38f;
         update = step.step_size * new_m / (sqrtf(new_v) * step.root + step.eps);

@@ -28,6 +28,9 @@ pub struct Step {
     pub root: f32,
     pub beta1: f32,
     pub beta2: f32,
+    /// One minus the decay rates, which float32 would not give: 1 - 0.999 is off by 5e-6 there.
+    pub rest1: f32,
+    pub rest2: f32,
     pub eps: f32,
     /// What the decay leaves of a parameter.
     pub keep: f32,
@@ -54,6 +57,8 @@ impl Hyper {
             root: (1.0 / correction(self.beta2).sqrt()) as f32,
             beta1: self.beta1 as f32,
             beta2: self.beta2 as f32,
+            rest1: (1.0 - self.beta1) as f32,
+            rest2: (1.0 - self.beta2) as f32,
             eps: self.eps as f32,
             keep: (1.0 - self.lr * self.weight_decay) as f32,
             factor: (sign / self.grad_scale) as f32,

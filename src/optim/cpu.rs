@@ -312,9 +312,9 @@ fn step_span(
 fn adam(g: f32, m: f32, v: f32, step: Step) -> (f32, f32, f32, bool) {
     let g = g * step.factor;
     let finite = g.to_bits() & 0x7f80_0000 != 0x7f80_0000;
-    let new_m = step.beta1 * m + (1.0 - step.beta1) * g;
+    let new_m = step.beta1 * m + step.rest1 * g;
     // The square of a gradient above 1e19 overflows; infinity would poison the whole block.
-    let new_v = step.beta2 * v + (1.0 - step.beta2) * g * g;
+    let new_v = step.beta2 * v + step.rest2 * g * g;
     let new_v = if new_v < f32::MAX { new_v } else { f32::MAX };
     let update = step.step_size * new_m / (new_v.sqrt() * step.root + step.eps);
     (if finite { new_m } else { m }, if finite { new_v } else { v }, update, finite)

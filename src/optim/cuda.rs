@@ -45,13 +45,15 @@ impl Entry for AdamTensor {
 struct AdamShared {
     beta1: f32,
     beta2: f32,
+    rest1: f32,
+    rest2: f32,
     eps: f32,
     factor: f32,
     key: [u32; 2],
     stochastic: i32,
 }
 
-// SAFETY: 28 bytes without padding, as the kernels' `AdamShared`.
+// SAFETY: 36 bytes without padding, as the kernels' `AdamShared`.
 unsafe impl Parameter for AdamShared {
     const KIND: u8 = b's';
 }
@@ -203,6 +205,8 @@ fn launch(
     let shared = AdamShared {
         beta1: step.beta1,
         beta2: step.beta2,
+        rest1: step.rest1,
+        rest2: step.rest2,
         eps: step.eps,
         factor: step.factor,
         key: step.key.map_or([0; 2], |key| key.seed_words()),
@@ -238,6 +242,6 @@ mod tests {
         assert_eq!(size_of::<AdamTensor>(), 80);
         assert_eq!(std::mem::offset_of!(AdamTensor, first_block), 56);
         assert_eq!(std::mem::offset_of!(AdamTensor, keep), 76);
-        assert_eq!(size_of::<AdamShared>(), 28);
+        assert_eq!(size_of::<AdamShared>(), 36);
     }
 }

@@ -68,7 +68,7 @@ class AdamList(ctypes.Structure):
 
 class AdamShared(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("beta1", "beta2", "eps", "factor")),
+        *((name, ctypes.c_float) for name in ("beta1", "beta2", "rest1", "rest2", "eps", "factor")),
         ("key", ctypes.c_uint32 * 2),
         ("stochastic", ctypes.c_int32),
     )

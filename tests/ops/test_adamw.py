@@ -80,6 +80,18 @@ def test_eight_bit_moments_stay_close_and_directions_agree():
     torch.testing.assert_close(update, -1e-2 * grads[0].sign(), rtol=1e-4, atol=1e-7)
 
 
+def test_the_first_step_is_right_to_float32():
+    """One minus a decay rate is rounded once: subtracted in float32 it would be off by 5e-6."""
+    grad = torch.tensor([0.3, -2.0, 7.0, -0.11])
+    update, m, v = grad.clone(), torch.zeros(4), torch.zeros(4)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    kernels.adamw_direction([update], [m], [v], steps=[1], nonfinite=nonfinite, **HYPER)
+    exact = -1e-2 * grad.double() / (grad.double().abs() + 1e-8)
+    # A handful of roundings of 6e-8 each.
+    torch.testing.assert_close(update.double(), exact, rtol=5e-7, atol=0)
+    torch.testing.assert_close(v.double(), 1e-3 * grad.double() ** 2, rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_levels_threads_and_lists(dtype, restore_level, restore_threads):
     results = []
