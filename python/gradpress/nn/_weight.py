@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gradpress.nn import _traced
 from gradpress.ops import quant as kernels
 from gradpress.ops._arrays import dtype_name
 
 _PARTS = ("codes", "scale", "zero_point")
 aten = torch.ops.aten
+
+#: PyTorch's functions that quantized weights do by themselves; filled by their modules.
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class QuantizedWeight(torch.Tensor):
@@ -105,6 +108,8 @@ class QuantizedWeight(torch.Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The values as a dense tensor of the weight's dtype, or of `dtype`."""
         dtype = dtype or self.dtype
+        if _traced.is_traced(self.codes):
+            return _traced.dequantize(self, dtype)
         direct = dtype in (torch.float32, torch.float16, torch.bfloat16)
         values = kernels.dequantize_blockwise(
             self.codes,
@@ -172,10 +177,11 @@ class QuantizedWeight(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Gives `F.linear` its own forward and backward."""
+        """Gives the functions of `FUNCTIONS` their own forward and backward."""
         kwargs = kwargs or {}
-        if func is F.linear:
-            return _linear(*args, **kwargs)
+        own = FUNCTIONS.get(func)
+        if own is not None:
+            return own(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -192,7 +198,7 @@ class QuantizedWeight(torch.Tensor):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
-        if func._schema.is_mutable and isinstance(args[0], QuantizedWeight):
+        if func._schema.is_mutable and _is_written(func._schema, args, kwargs):
             raise NotImplementedError(
                 f"{func}: in-place arithmetic on a QuantizedWeight would lose small changes to"
                 " rounding; step it with an optimizer of gradpress.optim, or call"
@@ -200,6 +206,13 @@ class QuantizedWeight(torch.Tensor):
             )
         args, kwargs = tree_map_only(QuantizedWeight, QuantizedWeight.dequantize, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _is_written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a quantized weight stands where an operation writes, alone or in a list."""
+    given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+    written = [given.get(a.name) for a in schema.arguments if a.is_write]
+    return any(isinstance(t, QuantizedWeight) for t in tree_leaves(written))
 
 
 def _detach(weight: QuantizedWeight) -> QuantizedWeight:
@@ -248,44 +261,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
 }
-
-
-class _Linear(torch.autograd.Function):
-    """``x @ weight.T + bias`` with the weight dequantized for the products and then dropped."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return F.linear(x, weight.dequantize(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.dequantize(grad.dtype)
-        flat = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[1]:
-            grad_weight = (flat.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = flat.sum(0)
-        return grad_x, grad_weight, grad_bias
-
-
-def _linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    if not isinstance(weight, QuantizedWeight):
-        dense = [t.dequantize() if isinstance(t, QuantizedWeight) else t for t in (input, bias)]
-        return F.linear(cast(torch.Tensor, dense[0]), weight, dense[1])
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, bias = input.to(dtype), bias.to(dtype) if bias is not None else None
-    return cast(torch.Tensor, _Linear.apply(input, weight, bias))
 
 
 torch.serialization.add_safe_globals([QuantizedWeight])
