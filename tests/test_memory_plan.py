@@ -14,7 +14,13 @@ def test_a_plan_is_what_is_counted(make):
     planned = gradpress.memory.plan(model, optimizer)
     assert not optimizer.state
     train(model, optimizer, 0, 3)
-    assert planned.by_category == gradpress.memory.count(model, optimizer).by_category
+    counted = gradpress.memory.count(model, optimizer).by_category
+    if any(group.get("rank") == "auto" for group in optimizer.param_groups):
+        # Ranks that gradients will choose are planned as large as they may become.
+        assert planned.by_category.keys() == counted.keys()
+        assert all(planned.by_category[name] >= size for name, size in counted.items())
+    else:
+        assert planned.by_category == counted
 
 
 def test_models_that_do_not_fit_can_be_planned():

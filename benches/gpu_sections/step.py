@@ -155,7 +155,7 @@ def _steps(
     findings.check(f"{contender.name}: all weights are finite", contender.finite() or not own)
     if contender.name == OURS:
         assert isinstance(contender.optimizer, QGaLoreAdamW)
-        rows = contender.optimizer.report().rows
+        rows = contender.optimizer.report().projected
         good = all(0 < row.energy <= 1.001 and row.refreshes == INTERVALS + 1 for row in rows)
         findings.check(f"{len(rows)} subspaces were refreshed {INTERVALS + 1} times", good)
         what = f"Kernels of an ordinary step, `{OURS}`"

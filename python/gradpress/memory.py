@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gradpress.nn._weight import QuantizedWeight
+from gradpress.optim._sharded import local
 
 _MIB = 1 << 20
 _CATEGORIES = (
@@ -55,20 +56,22 @@ class MemoryCount:
 def count(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> MemoryCount:
     """Counts the bytes that a model, its gradients and its optimizer hold.
 
-    Storage that is shared is counted once. Activations and the allocator's own overhead are not
-    counted.
+    Storage that is shared is counted once. Of sharded tensors (DTensor) this process's part is.
+    Activations and the allocator's own overhead are not counted.
 
     Args:
         model: Any module.
         optimizer: Any PyTorch optimizer; its states exist after the first step.
     """
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     totals: dict[str, int] = {}
     for category, tensor in _tensors(model, optimizer):
-        # By the storage itself: on the meta device all have the same address.
-        storage = tensor.untyped_storage()._cdata
-        if storage not in seen:
-            seen.add(storage)
+        # By the storage itself: on the meta device all have the same address. Gradients of FSDP
+        # are parts of one.
+        tensor = local(tensor)
+        part = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()))
+        if part not in seen:
+            seen.add(part)
             totals[category] = totals.get(category, 0) + tensor.nbytes
     return MemoryCount({name: size for name, size in totals.items() if size})
 

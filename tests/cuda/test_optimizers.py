@@ -80,7 +80,7 @@ def test_qgalore_goes_the_cpus_way(dtype, projector_bits, quantized):
         assert (got.float() - want.float()).norm() <= 0.05 * moved
     assert one.refresh_counts() == other.refresh_counts()
     assert max(one.refresh_counts().values()) >= 2
-    for a, b in zip(one.report().rows, other.report().rows, strict=True):
+    for a, b in zip(one.report().projected, other.report().projected, strict=True):
         assert a.energy == pytest.approx(b.energy, rel=1e-2)
 
 

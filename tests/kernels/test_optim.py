@@ -268,7 +268,9 @@ def test_elements_beyond_32_bits(size):
     entry.numel, entry.first_block = first + count, (1 << 32) - blocks
     entry.tensor_id, entry.step, entry.step_size, entry.root, entry.keep = 6, 9, 0.0, 1.0, 0.999
     key = launch.key_words(SEED, 1)
-    shared = launch.AdamShared(0.9, 0.99, 1 - 0.9, 1 - 0.99, 1e-8, 1.0, (ctypes.c_uint32 * 2)(*key), 1)
+    shared = launch.AdamShared(
+        0.9, 0.99, 1 - 0.9, 1 - 0.99, 1e-8, 1.0, (ctypes.c_uint32 * 2)(*key), 1
+    )
     before = param.float().numpy()
     launch.module("optim.cu", PARAM="bf16", GRAD="f32").launch(
         "adamw_blockwise_step" + shape.suffix,

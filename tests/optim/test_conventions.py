@@ -30,9 +30,11 @@ CLASSES = [
     gradpress.optim.Apollo,
     gradpress.optim.ApolloMini,
     gradpress.optim.Fira,
+    gradpress.optim.SubTrack,
+    gradpress.optim.GradNormLoRP,
 ]
 # Their own papers' defaults stand before those of AdamW.
-OTHERS = [gradpress.optim.AdamP, gradpress.optim.DiffGrad]
+OTHERS = [gradpress.optim.AdamP, gradpress.optim.DiffGrad, gradpress.optim.LDAdamW]
 classes = pytest.mark.parametrize("optimizer_class", CLASSES)
 
 
@@ -239,13 +241,13 @@ def shard(rank, world, port):
 
     join(rank, world, port)
     mesh = init_device_mesh("cpu", (world,))
-    p = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))
-    p.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])
+    p = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(1)]))
+    p.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(1)])
     with pytest.raises(NotImplementedError, match="sharded parameters"):
         gradpress.optim.AdamW8bit([p]).step()
     assert (p.to_local() == 1).all()
     leave()
 
 
-def test_sharded_parameters_are_refused_clearly():
+def test_sharded_columns_are_refused_clearly():
     torch.multiprocessing.spawn(shard, (2, free_port()), nprocs=2)

@@ -138,7 +138,56 @@ def fira_int8(model, **options):
     return low_rank("Fira", gradpress.nn.quantize_(model), **own, **options)
 
 
+def galore_auto32bit(model, **options):
+    """Ranks that the first gradients choose."""
+    groups = [{"params": list(model.named_parameters()), "rank": "auto", "update_proj_gap": 3}]
+    own = {"rank_energy": 0.7, "moments": "rotate"}
+    return gradpress.optim.GaLoreAdamW(groups, lr=1e-2, **SMALL, **own, **options)
+
+
+def adafactor32bit(model, **options):
+    own = {"beta1": 0.9, "relative_step": False, "scale_parameter": False, "state_bits": 32}
+    return low_rank("GaLoreAdafactor", model, **own, **options)
+
+
+def adafactor_int8(model, **options):
+    own = {"relative_step": False, "beta1": 0.9, "state_bits": 8, "projector_bits": 4}
+    return low_rank("GaLoreAdafactor", gradpress.nn.quantize_(model), **own, **options)
+
+
+def ldadam32bit(model, **options):
+    return low_rank("LDAdamW", model, **options)
+
+
+def ldadam_int8(model, **options):
+    own = {"state_bits": 8, "projector_bits": 8, "error_bits": 8}
+    return low_rank("LDAdamW", gradpress.nn.quantize_(model), **own, **options)
+
+
+def subtrack32bit(model, **options):
+    return low_rank("SubTrack", model, **options)
+
+
+def subtrack_int8(model, **options):
+    own = {"state_bits": 8, "projector_bits": 8}
+    return low_rank("SubTrack", gradpress.nn.quantize_(model), **own, **options)
+
+
+def gradnormlorp32bit(model, **options):
+    gradpress.nn.weight_normalize_(model)
+    groups = gradpress.optim.gradnormlorp_groups(model, rank=4, update_proj_gap=3, verbose=False)
+    return gradpress.optim.GradNormLoRP(groups, lr=1e-2, **SMALL, **options)
+
+
 LOW_RANK = [
+    galore_auto32bit,
+    adafactor32bit,
+    adafactor_int8,
+    ldadam32bit,
+    ldadam_int8,
+    subtrack32bit,
+    subtrack_int8,
+    gradnormlorp32bit,
     galore32bit,
     galore_rotating,
     galore_full32bit,

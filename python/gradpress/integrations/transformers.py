@@ -218,12 +218,11 @@ def _numbers(model: nn.Module, optimizer: LowBitOptimizer) -> dict[str, float]:
     counted = memory.count(model, optimizer).by_category
     states = counted.get("optimizer_states", 0) + counted.get("projectors", 0)
     numbers = {"gradpress/state_bytes": float(states)}
-    report = getattr(optimizer, "report", None)
-    rows = report().rows if callable(report) else ()
+    rows = optimizer.report(codes=False).projected
     if rows:
         numbers["gradpress/refreshes"] = float(sum(row.refreshes for row in rows))
         energies = [row.energy for row in rows if not math.isnan(row.energy)]
         if energies:  # random projections have none
             numbers["gradpress/captured_energy"] = sum(energies) / len(energies)
-        numbers["gradpress/rank_mean"] = sum(row.rank for row in rows) / len(rows)
+        numbers["gradpress/rank_mean"] = sum(row.rank or 0 for row in rows) / len(rows)
     return numbers

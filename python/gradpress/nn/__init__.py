@@ -1,5 +1,6 @@
 """Modules and parameters: weights that are stored as integers and train like floats."""
 
+from gradpress.nn import _linear  # noqa: F401, registered when imported
 from gradpress.nn._model import (
     dequantize_,
     flatten_state_dict,
@@ -7,11 +8,21 @@ from gradpress.nn._model import (
     quantize_,
 )
 from gradpress.nn._weight import QuantizedWeight
+from gradpress.nn.weight_norm import (
+    WeightNormalizedLinear,
+    add_weight_normalized_adapters_,
+    merge_weight_normalized_,
+    weight_normalize_,
+)
 
 __all__ = [
     "QuantizedWeight",
+    "WeightNormalizedLinear",
+    "add_weight_normalized_adapters_",
     "dequantize_",
     "flatten_state_dict",
     "load_flat_state_dict_",
+    "merge_weight_normalized_",
     "quantize_",
+    "weight_normalize_",
 ]

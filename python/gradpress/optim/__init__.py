@@ -2,6 +2,8 @@
 
 from gradpress.optim._fused_backward import FusedBackward, fused_backward
 from gradpress.optim._groups import param_groups
+from gradpress.optim._rank_choice import RankChoice, choose_ranks
+from gradpress.optim._report import OptimizerReport
 from gradpress.optim.adamp import SGDP, AdamP
 from gradpress.optim.adamw4bit import AdamW4bit
 from gradpress.optim.adamw8bit import AdamW8bit
@@ -9,7 +11,11 @@ from gradpress.optim.apollo import Apollo, ApolloMini
 from gradpress.optim.diffgrad import DiffGrad
 from gradpress.optim.fira import Fira
 from gradpress.optim.galore import GaLoreAdamW
+from gradpress.optim.galore_adafactor import GaLoreAdafactor
+from gradpress.optim.gradnormlorp import GradNormLoRP, gradnormlorp_groups
+from gradpress.optim.ldadam import LDAdamW
 from gradpress.optim.qgalore import QGaLoreAdamW
+from gradpress.optim.subtrack import SubTrack
 
 __all__ = [
     "SGDP",
@@ -21,8 +27,16 @@ __all__ = [
     "DiffGrad",
     "Fira",
     "FusedBackward",
+    "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GradNormLoRP",
+    "LDAdamW",
+    "OptimizerReport",
     "QGaLoreAdamW",
+    "RankChoice",
+    "SubTrack",
+    "choose_ranks",
     "fused_backward",
+    "gradnormlorp_groups",
     "param_groups",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
 import torch
 from torch.optim.optimizer import ParamsT
 
+from gradpress.optim._reporting import ReportingOptimizer
 from gradpress.optim._scaling import OpenStep, Scale, stays_on_device
+from gradpress.optim._sharded import Shard, is_sharded
+from gradpress.optim._sharded_state import local_state
+from gradpress.optim._stand_ins import StandIns, step_sharded
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -18,7 +23,7 @@ State = dict[str, Any]
 STATE_LAYOUT = 1
 
 
-class LowBitOptimizer(torch.optim.Optimizer):
+class LowBitOptimizer(ReportingOptimizer):
     """An optimizer whose state is tensors and numbers of its own choice of dtype.
 
     Subclasses implement `_step_group`. State tensors keep their dtype through `load_state_dict`,
@@ -28,6 +33,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset()
     #: Of these the ones that stay with the host, which decides by them.
     _ON_HOST: ClassVar[frozenset[str]] = frozenset()
+    #: Whether `_step_group` may be given a part of the rows of parameters.
+    _STEPS_SHARDS: ClassVar[bool] = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "state_layout": STATE_LAYOUT})
@@ -105,8 +112,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 self._check_gradients(params)
-                for device, together in _by_device(params).items():
-                    self._step_group(group, together, scale.on(device))
+                self._step_params(group, params, scale)
                 stepped += params
         if scale.found_inf is not None:
             counters = [self.state[p]["step"] for p in stepped if "step" in self.state[p]]
@@ -119,26 +125,52 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if open_step is not None:
             open_step.settle()
 
+    def _step_params(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
+        """Steps parameters of one group."""
+        self._step_devices(group, [p for p in params if not is_sharded(p)], scale)
+        shards = [Shard.of(p, type(self).__name__) for p in params if is_sharded(p)]
+        if shards:
+            for shard in shards:
+                self.state[shard.p]  # empty ones come in this order, as a loaded state's do
+            self._step_shards(group, shards, scale)
+
+    def _step_shards(self, group: Group, shards: list[Shard], scale: Scale) -> None:
+        """Steps sharded parameters of one group; there is at least one."""
+        step = functools.partial(self._step_stand_ins, scale)
+        step_sharded(self.state, group, shards, self._ids(), step)
+
+    def _step_devices(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
+        for device, together in _by_device(params).items():
+            self._step_group(group, together, scale.on(device))
+
+    def _step_stand_ins(self, scale: Scale, group: Group, stand_ins: StandIns) -> None:
+        self.__dict__["_stand_ins"] = stand_ins
+        try:
+            self._step_devices(group, list(stand_ins.shards), scale)
+        finally:
+            del self.__dict__["_stand_ins"]
+
+    def _shard_of(self, p: torch.Tensor) -> Shard | None:
+        """What a parameter of `_step_group` stands in for; None for one that is not sharded."""
+        stand_ins: StandIns | None = self.__dict__.get("_stand_ins")
+        return None if stand_ins is None else stand_ins.shards.get(p)
+
     def _step_group(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
-        """Steps parameters of one group that are on one device; there is at least one."""
-        raise NotImplementedError
+        """Steps parameters of one group that are on one device; there is at least one.
 
-    def _planned_state(self, group: Group, p: torch.Tensor) -> State:
-        """What `step` would make for a parameter; the tensors are on the meta device.
-
-        Args:
-            group: The options.
-            p: A tensor of the parameter's shape and dtype on the meta device.
+        Of sharded parameters, plain tensors of the rows of this process stand in for them.
         """
         raise NotImplementedError
 
     def _check_gradients(self, params: Iterable[torch.Tensor]) -> None:
         for p in params:
-            if type(p).__name__ == "DTensor":
-                raise NotImplementedError(
-                    f"{type(self).__name__}: sharded parameters (DTensor, as fully_shard makes"
-                    " them) are not supported; replicate them, as DistributedDataParallel does"
-                )
+            if is_sharded(p):
+                if not self._STEPS_SHARDS:
+                    raise NotImplementedError(
+                        f"{type(self).__name__}: sharded parameters (DTensor, as fully_shard makes"
+                        " them) are not supported; replicate them, as DistributedDataParallel does"
+                    )
+                Shard.of(p, type(self).__name__)
             grad = cast(torch.Tensor, p.grad)
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
@@ -148,16 +180,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _ids(self) -> dict[torch.Tensor, int]:
         """The ordinal of every parameter over all groups: the key of its random numbers."""
         everything = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        return {p: i for i, p in enumerate(everything)}
-
-    def _names(self) -> Iterator[tuple[str, torch.Tensor, Group]]:
-        """Every parameter with its name, or its ordinal where it has none."""
-        ordinals = itertools.count()
-        for group in self.param_groups:
-            names = group.get("param_names", itertools.repeat(None))
-            for p, name in zip(group["params"], names, strict=False):
-                ordinal = next(ordinals)
-                yield name if name is not None else f"{ordinal}", p, group
+        ids = {p: i for i, p in enumerate(everything)}
+        stand_ins: StandIns | None = self.__dict__.get("_stand_ins")
+        return ids if stand_ins is None else {**ids, **stand_ins.ids}
 
     # State
 
@@ -207,14 +232,20 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
     loaded, ids = optimizer.__dict__.pop("_loaded_state")
     keep = type(optimizer)._KEEP_DTYPE  # type: ignore[attr-defined]
     on_host = type(optimizer)._ON_HOST  # type: ignore[attr-defined]
-    live = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
-    for key, p in zip(itertools.chain.from_iterable(ids), live, strict=True):
+    live = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    for key, (p, group) in zip(itertools.chain.from_iterable(ids), live, strict=True):
         source = loaded.get(key, {})
         for name in keep & source.keys():
             if isinstance(source[name], torch.Tensor):
                 # The device follows the parameter; the dtype is the state's own.
                 device = torch.device("cpu") if name in on_host else p.device
                 optimizer.state[p][name] = source[name].detach().to(device, copy=True)
+        if isinstance(source.get("step"), torch.Tensor) and p in optimizer.state:
+            # PyTorch takes the counter itself, which two optimizers would then count together.
+            optimizer.state[p]["step"] = source["step"].detach().clone()
+        if is_sharded(p) and p in optimizer.state:
+            # Refuses what was divided otherwise, before anything is stepped with it.
+            local_state(Shard.of(p, type(optimizer).__name__), optimizer.state[p], group)
 
 
 def _by_device(params: list[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:

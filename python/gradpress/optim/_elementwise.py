@@ -18,6 +18,7 @@ from gradpress.optim._adam import AdamHyper, Batch, State, step_directions
 from gradpress.optim._base import Group, new_step
 from gradpress.optim._blockwise import BlockwiseOptimizer
 from gradpress.optim._scaling import Scale
+from gradpress.optim._sharded import Shard
 from gradpress.optim._weights import requantize_with_update
 
 #: Bytes of float32 gradients in flight at a time: what stays in a cache, or what fills a device.
@@ -34,10 +35,18 @@ class Row:
             what is added to the parameter.
         keep: Where the step counts: elements whose gradient is finite, in a step that is not
             skipped. None where the host knows that all of them are.
+        shard: Of which the parameter is this process's part; None for a whole one.
     """
 
-    def __init__(self, p: torch.Tensor, state: State, group: Group, scale: Scale) -> None:
-        self.p, self.state = p, state
+    def __init__(
+        self,
+        p: torch.Tensor,
+        state: State,
+        group: Group,
+        scale: Scale,
+        shard: Shard | None = None,
+    ) -> None:
+        self.p, self.state, self.shard = p, state, shard
         self.update = torch.empty(p.shape, dtype=torch.float32, device=p.device)
         self.update.copy_(cast(torch.Tensor, p.grad).detach())
         if isinstance(scale.factor, torch.Tensor) or scale.factor != 1.0:
@@ -56,6 +65,16 @@ class Row:
                 dense = dense.dequantize(torch.float32)
             self._weight = dense.to(torch.float32).contiguous()
         return self._weight
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter, on all processes together."""
+        return self.p.numel() if self.shard is None else self.shard.p.numel()
+
+    def everywhere(self, *sums: torch.Tensor) -> torch.Tensor:
+        """Numbers of this process's part and of all others: a row for each process."""
+        values = torch.stack(sums)
+        return values.unsqueeze(0) if self.shard is None else self.shard.gather(values)
 
     def kept(self, new: torch.Tensor, old: torch.Tensor | float) -> torch.Tensor:
         """`new` where the step counts, `old` elsewhere."""
@@ -141,8 +160,11 @@ class ElementwiseOptimizer(BlockwiseOptimizer):
                 state["step"], state["tensor_id"] = new_step(), ids[p]
                 self._new_state(group, p, state)
             state["step"] += 1
-        for run in _runs(params):
-            rows = [Row(p, self.state[p], group, scale) for p in run]
+        shards = {p: self._shard_of(p) for p in params}
+        # Of the same sizes on all processes, so that they wait for each other in the same order.
+        sizes = [p.numel() if s is None else s.full_numel for p, s in shards.items()]
+        for run in _runs(params, sizes):
+            rows = [Row(p, self.state[p], group, scale, shards[p]) for p in run]
             self._changes(group, rows, scale)
             for row in rows:
                 _add(row, group, scale)
@@ -162,16 +184,16 @@ def step_of(state: State) -> int:
     return int(state["step"].item())
 
 
-def _runs(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _runs(params: list[torch.Tensor], sizes: list[int]) -> Iterator[list[torch.Tensor]]:
     """The parameters in order, some at a time to bound the memory."""
     run: list[torch.Tensor] = []
     size, most = 0, RUN_BYTES.get(params[0].device.type, RUN_BYTES["cuda"])
-    for p in params:
-        if run and size + 4 * p.numel() > most:
+    for p, numel in zip(params, sizes, strict=True):
+        if run and size + 4 * numel > most:
             yield run
             run, size = [], 0
         run.append(p)
-        size += 4 * p.numel()
+        size += 4 * numel
     if run:
         yield run
 

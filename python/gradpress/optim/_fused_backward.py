@@ -10,6 +10,7 @@ import torch
 
 from gradpress.optim._base import Group, LowBitOptimizer
 from gradpress.optim._scaling import Scale
+from gradpress.optim._sharded import is_fully_sharded
 
 #: As in `torch.nn.utils.clip_grad_norm_`.
 NORM_EPSILON = 1e-6
@@ -97,7 +98,7 @@ class FusedBackward:
                 sums = self._squares.get(p.device)
                 self._squares[p.device] = square if sums is None else sums + square
                 scale = Scale(tensor=self._divisor(p.device))
-            optimizer._step_group(self._groups[p], [p], scale)
+            optimizer._step_params(self._groups[p], [p], scale)
             p.grad = None
 
     def _divisor(self, device: torch.device) -> torch.Tensor | None:
@@ -151,7 +152,7 @@ def fused_backward(
 
     Raises:
         TypeError: `optimizer` is another package's, or `model` averages gradients in a way that
-            comes too late (`DistributedDataParallel`).
+            comes too late (`DistributedDataParallel`, `fully_shard`).
         ValueError: A trainable parameter is not in `optimizer`, or an argument is out of range.
 
     Example:
@@ -173,6 +174,11 @@ def fused_backward(
         raise TypeError(
             "fused_backward: model must not be DistributedDataParallel, which averages gradients"
             " after they have been used; pass gradients over ranks by other means"
+        )
+    if is_fully_sharded(model):
+        raise TypeError(
+            "fused_backward: model must not be sharded by fully_shard, which hands gradients over"
+            " when the backward pass is done; call optimizer.step() as ever"
         )
     if accumulation_steps < 1:
         raise ValueError(

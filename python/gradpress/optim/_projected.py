@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
 
 import torch
 
 from gradpress.optim import _projector as projector
+from gradpress.optim._auto_rank import (
+    AutoRankOptimizer,
+    at_lowest_rank,
+    is_projected,
+    matrices_of,
+)
 from gradpress.optim._base import Group, State, new_step
-from gradpress.optim._report import ProjectorReport, ProjectorRow
+from gradpress.optim._ranks import AUTO, RankRule
 from gradpress.optim._scaling import Scale
-from gradpress.optim.adamw8bit import AdamW8bit
+from gradpress.optim._sharded import Shard
+from gradpress.optim._sharded_projected import check_shards, step_projected
 
 #: Bytes of projected gradients in flight at a time.
 WORKSPACE_BYTES = 64 << 20
 
 
-class ProjectedOptimizer(AdamW8bit):
+class ProjectedOptimizer(AutoRankOptimizer):
     """Divides the parameters: matrices of groups with `rank` set are projected, the others not.
 
     Subclasses implement `_new_state` and `_step_matrices`; what is not projected takes the rule of
-    :class:`AdamW8bit`.
+    :class:`AdamW8bit`. A warning says where the states of a weight are larger than that rule's
+    would be.
     """
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
+        rank = group["rank"]
+        if rank == AUTO and not self._FOLLOWS_ENERGY:
+            raise ValueError(
+                f"{type(self).__name__}: rank must be a number, got {rank!r}; gradients do not"
+                " decide about its projections, so that they cannot decide about ranks"
+            )
         check_options(
             group,
-            rank=group["rank"] is None or group["rank"] >= 1,
+            rank=rank is None or rank == AUTO or (not isinstance(rank, str) and rank >= 1),
             update_proj_gap=group["update_proj_gap"] >= 1,
+            **RankRule.valid(group),
         )
 
     def _check_gradients(self, params: Iterable[torch.Tensor]) -> None:
         super()._check_gradients(params)
+        check_shards(self)
         groups = [g for g in self.param_groups if g["rank"] is not None]
         if groups and all(p.dim() < 2 for g in groups for p in g["params"]):
             raise ValueError(
@@ -45,46 +60,49 @@ class ProjectedOptimizer(AdamW8bit):
     def _step_group(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         for p in params:
             self.state[p]  # empty ones come in this order, as a loaded state's do
-        projected = [p for p in params if group["rank"] is not None and p.dim() >= 2 and p.numel()]
+        projected = [p for p in params if is_projected(group, p)]
         chosen = {id(p) for p in projected}
         others = [p for p in params if id(p) not in chosen]
         if others:
             self._step_unprojected(group, others, scale)
         if projected:
             self._prepare(group, projected)
+            if group["rank"] == AUTO:
+                self._choose_ranks(group, projected, scale)
             self._step_matrices(group, projected, scale)
+
+    def _step_shards(self, group: Group, shards: list[Shard], scale: Scale) -> None:
+        projected = [shard for shard in shards if is_projected(group, shard.p)]
+        others = [shard for shard in shards if not is_projected(group, shard.p)]
+        if others:
+            super()._step_shards(group, others, scale)
+        for device in dict.fromkeys(shard.p.device for shard in projected):
+            together = [shard for shard in projected if shard.p.device == device]
+            step_projected(self, group, together, scale.on(device))
 
     def _prepare(self, group: Group, params: list[torch.Tensor]) -> None:
         """Makes the states that are missing, and counts the step."""
         ids = self._ids()
-        total = sum(p.dim() >= 2 for p in group["params"])
-        place = {id(p): i for i, p in enumerate(q for q in group["params"] if q.dim() >= 2)}
+        # Over all groups: there is one for each rank, where ranks are the weights' own.
+        matrices = [p for g in self.param_groups for p in matrices_of(g)]
+        place = {id(p): i for i, p in enumerate(matrices)}
         for p in params:
             state = self.state[p]
             if not state:
                 gap = group["update_proj_gap"]
-                offset = place[id(p)] * gap // total if group.get("stagger") else 0
+                offset = place[id(p)] * gap // len(place) if group.get("stagger") else 0
                 state["step"], state["tensor_id"] = new_step(), ids[p]
-                self._new_state(group, p, state, offset)
+                if group["rank"] == AUTO:
+                    state["rank_chosen"] = 0
+                self._new_state(at_lowest_rank(group, p), p, state, offset)
             state["step"] += 1
 
     def _planned_state(self, group: Group, p: torch.Tensor) -> State:
-        if group["rank"] is None or p.dim() < 2 or not p.numel():
+        if not is_projected(group, p):
             return super()._planned_state(group, p)
         state: State = {"step": new_step(), "tensor_id": 0}
-        self._new_state(group, p, state, 0)
+        self._new_state(self._at_highest_rank(group, p), p, state, 0)
         return state
-
-    def _new_state(self, group: Group, p: torch.Tensor, state: State, offset: int) -> None:
-        """Fills the state of a matrix that is stepped for the first time.
-
-        Args:
-            group: The options.
-            p: The parameter.
-            state: Has `step` and `tensor_id`.
-            offset: Steps by which the refreshes are early, where they are staggered.
-        """
-        raise NotImplementedError
 
     def _step_matrices(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """Steps parameters of two or more dimensions, whose states exist."""
@@ -92,19 +110,12 @@ class ProjectedOptimizer(AdamW8bit):
 
     def refresh_counts(self) -> dict[str, int]:
         """How often each projector was found anew, by the parameter's name or ordinal."""
-        return {row.name: row.refreshes for row in self.report().rows}
-
-    def report(self) -> ProjectorReport:
-        """Rank, interval, refreshes and captured energy of every projected weight."""
-        rows = []
-        for name, p, group in self._names():
-            state = cast("dict[str, Any]", self.state.get(p, {}))
-            if "projector_rank" in state:
-                rows.append(self._report_row(name, p, state, group))
-        return ProjectorReport(tuple(rows))
-
-    def _report_row(self, name: str, p: torch.Tensor, state: State, group: Group) -> ProjectorRow:
-        return ProjectorRow.of(name, p, state)
+        rows = (
+            self._report_row(name, p, self.state[p], group)
+            for name, p, group in self._names()
+            if "projector_rank" in self.state.get(p, {})
+        )
+        return {row.name: row.refreshes for row in rows}
 
 
 def check_options(group: Group, **valid: bool) -> None:

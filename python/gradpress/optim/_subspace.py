@@ -29,6 +29,7 @@ class SubspaceOptimizer(ProjectedOptimizer):
 
     _KEEP_DTYPE: ClassVar[frozenset[str]] = AdamW8bit._KEEP_DTYPE | frozenset(projector.KEEP)
     _ON_HOST: ClassVar[frozenset[str]] = frozenset(projector.ON_HOST)
+    _FOLLOWS_ENERGY: ClassVar[bool] = True
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

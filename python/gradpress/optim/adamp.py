@@ -85,6 +85,7 @@ class AdamP(ElementwiseOptimizer):
     """
 
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset((*CODES, *FLOATS))
+    _STEPS_SHARDS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -183,6 +184,7 @@ class SGDP(ElementwiseOptimizer):
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset(
         ("momentum_buffer", "momentum_buffer_codes", "momentum_buffer_scale")
     )
+    _STEPS_SHARDS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -325,27 +327,31 @@ class _Projection(NamedTuple):
     @classmethod
     def of(cls, row: Row, group: Group) -> _Projection | None:
         """Of a gradient; None for a tensor that is never projected."""
-        if row.p.dim() < 2 or not row.p.numel():
+        if row.p.dim() < 2 or not row.numel:
             return None
-        grad, weight = (_matrix(t) for t in (row.kept(row.update, 0.0), row.weight))
+        grad, weight = (t.flatten(1) for t in (row.kept(row.update, 0.0), row.weight))
         eps = group["eps"]
         products = (grad * weight).sum(1)
         grad_norms, row_norms = (torch.linalg.vector_norm(t, dim=1) for t in (grad, weight))
-        grad_norm, norm = (torch.linalg.vector_norm(t) for t in (grad_norms, row_norms))
+        cosines = _cosine(products, grad_norms, row_norms, eps)
+        parts = row.everywhere(
+            products.sum(),
+            *(torch.linalg.vector_norm(t) for t in (grad_norms, row_norms)),
+            cosines.amax() if cosines.numel() else products.sum(),
+        ).unbind(1)
+        grad_norm, norm = (torch.linalg.vector_norm(part) for part in parts[1:3])
         return cls(
             row_norms + eps,
             norm + eps,
-            _cosine(products, grad_norms, row_norms, eps).amax()
-            < group["delta"] / math.sqrt(grad.shape[1]),
-            _cosine(products.sum(), grad_norm, norm, eps)
-            < group["delta"] / math.sqrt(grad.numel()),
+            parts[3].amax() < group["delta"] / math.sqrt(grad.shape[1]),
+            _cosine(parts[0].sum(), grad_norm, norm, eps) < group["delta"] / math.sqrt(row.numel),
         )
 
-    def shares(self, update: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def shares(self, row: Row) -> torch.Tensor:
         """How much of the weight's rows the projection takes off the update's rows."""
-        products = (update * weight).sum(1)
+        products = (row.update.flatten(1) * row.weight.flatten(1)).sum(1)
         by_row, by_norm = (n.clamp_min(_TINY) for n in (self.row_norms, self.norm))
-        whole = products.sum() / by_norm / by_norm
+        whole = row.everywhere(products.sum()).sum() / by_norm / by_norm
         return torch.where(
             self.rows, products / by_row / by_row, torch.where(self.whole, whole, 0.0)
         )
@@ -359,10 +365,6 @@ def _cosine(
     return (product / norm.clamp_min(least) / other_norm.clamp_min(least)).abs()
 
 
-def _matrix(x: torch.Tensor) -> torch.Tensor:
-    return x.view(x.shape[0], -1)
-
-
 def _project_and_decay(
     row: Row, projection: _Projection | None, decay: float, wd_ratio: float
 ) -> None:
@@ -371,9 +373,8 @@ def _project_and_decay(
         if decay:
             row.update.add_(row.weight, alpha=-decay)
         return
-    update, weight = _matrix(row.update), _matrix(row.weight)
-    shares = projection.shares(update, weight)
+    shares = projection.shares(row)
     if decay:
         projected = projection.rows | projection.whole
         shares = shares + torch.where(projected, decay * wd_ratio, decay)
-    update.addcmul_(weight, shares.unsqueeze(1), value=-1)
+    row.update.flatten(1).addcmul_(row.weight.flatten(1), shares.unsqueeze(1), value=-1)

@@ -80,6 +80,7 @@ class AdamW8bit(BlockwiseOptimizer):
     """
 
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset((*CODES, *FLOATS))
+    _STEPS_SHARDS: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class DiffGrad(ElementwiseOptimizer):
     """
 
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset((*CODES, *FLOATS, "previous_grad"))
+    _STEPS_SHARDS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -143,7 +144,15 @@ def _friction(row: Row, variant: str) -> torch.Tensor:
     else:
         previous.copy_(torch.where(row.keep, row.update, previous))
     if variant == "signed":
-        return difference.sigmoid_()
+        return _sigmoid_(difference)
     if variant == "abs":
-        return difference.abs_().sigmoid_()
-    return difference.abs_().mul_(0.5).sigmoid_().mul_(9).sub_(4)
+        return _sigmoid_(difference.abs_())
+    return _sigmoid_(difference.abs_().mul_(0.5)).mul_(9).sub_(4)
+
+
+def _sigmoid_(x: torch.Tensor) -> torch.Tensor:
+    """The logistic function, in place.
+
+    PyTorch's own rounds the last elements of every thread's part otherwise than the others.
+    """
+    return x.neg_().exp_().add_(1).reciprocal_()

@@ -6,17 +6,22 @@ Low-Rank Projection" (2024, arXiv 2403.03507). Original implementation: jiaweizz
 correction), and the weight decay before the step as in `torch.optim.AdamW`, unless `reference`
 asks for the released code's; moments are float32 or integer codes whatever the gradient's dtype;
 the subspace comes from a randomized iteration with canonical signs (where the original's moments
-meet directions whose signs LAPACK chose anew); what a refresh does to the moments is an option;
-tensors of order above 2 are taken as matrices instead of being decomposed.
+meet directions whose signs LAPACK chose anew); what a refresh does to the moments is an option.
+Tensors of order above 2 are taken as matrices, or kept in Tucker form as the original means to: its
+own constructor cannot make such a projector, would never refresh it, and brings the projected
+gradient back in place of Adam's update.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.optim.optimizer import ParamsT
 
+from gradpress.ops import lowrank as kernels
 from gradpress.optim import _projector as projector
 from gradpress.optim._adam import (
     AdamHyper,
@@ -26,14 +31,17 @@ from gradpress.optim._adam import (
     step_directions,
 )
 from gradpress.optim._base import Group, State
-from gradpress.optim._moments import reset_moments, turn_moments
+from gradpress.optim._hooi import Search, decompose
+from gradpress.optim._moments import Turn, reset_moments, turn_moments
 from gradpress.optim._projected import check_options
 from gradpress.optim._scaling import Scale
 from gradpress.optim._sides import Sides, long_basis, moment_shape
 from gradpress.optim._subspace import SubspaceOptimizer
+from gradpress.optim._tucker import FACTORS, Factors, check_rank, core_shape, is_tensor, new_factors
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 MOMENTS = ("keep", "rotate", "reset")
+TENSOR_PROJECTIONS = ("matrix", "tucker")
 
 
 class GaLoreAdamW(SubspaceOptimizer):
@@ -58,15 +66,23 @@ class GaLoreAdamW(SubspaceOptimizer):
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
         weight_decay: Decoupled decay, times the learning rate, before the step.
-        rank: Directions kept; None does not project. Clamped to the weight's shorter side.
-            Tensors of order above 2 are taken as (first dimension, all others); those below 2 are
-            not projected.
+        rank: Directions kept; None does not project. Clamped to the weight's shorter side, or to
+            a mode's size. With ``tensor_projection="tucker"`` also a tuple of one int for each
+            mode, or a fraction between 0 and 1: core and factors together then have about that
+            share of the tensor's elements, with ranks in proportion to the sizes. Tensors of order
+            below 2 are not projected.
         update_proj_gap: Steps between refreshes.
         scale: Factor on the back-projected update.
         proj_type: ``"std"``: the projector stands on the side of the shorter dimension;
             ``"reverse_std"``: on that of the longer one, for smaller moments and a larger
             projector; ``"left"`` and ``"right"``; ``"full"``: on both, with moments of rank x rank.
-        projector_bits: None for float32, 8 or 4 bits for the projector's entries.
+            Of no meaning to tensors in Tucker form.
+        tensor_projection: ``"matrix"``: tensors of order above 2 are taken as (first dimension, all
+            others); ``"tucker"``: they have a projector for each mode, and moments of the shape of
+            the core. A step then takes float32 temporaries of r_1 / n_1 of the parameter's size,
+            two at a time.
+        projector_bits: None for float32, 8 or 4 bits for the projector's entries; None with
+            ``tensor_projection="tucker"``.
         projector_group_size: Entries of an integer projector that share a scale.
         stagger: Spread the refreshes of the layers over the interval.
         moments: What a refresh does to them: ``"keep"`` leaves them in the coordinates of a
@@ -92,6 +108,8 @@ class GaLoreAdamW(SubspaceOptimizer):
         torch.Size([64, 8])
     """
 
+    _KEEP_DTYPE: ClassVar[frozenset[str]] = SubspaceOptimizer._KEEP_DTYPE | frozenset(FACTORS)
+
     def __init__(
         self,
         params: ParamsT,
@@ -104,6 +122,7 @@ class GaLoreAdamW(SubspaceOptimizer):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
+        tensor_projection: str = "matrix",
         projector_bits: int | None = None,
         projector_group_size: int = 256,
         stagger: bool = False,
@@ -122,6 +141,7 @@ class GaLoreAdamW(SubspaceOptimizer):
             update_proj_gap=update_proj_gap,
             scale=scale,
             proj_type=proj_type,
+            tensor_projection=tensor_projection,
             projector_bits=projector_bits,
             projector_group_size=projector_group_size,
             stagger=stagger,
@@ -132,15 +152,27 @@ class GaLoreAdamW(SubspaceOptimizer):
         )
 
     def _check_group(self, group: Group) -> None:
-        # The base knows the projection that all have in common.
-        super()._check_group({**group, "proj_type": "std"})
         check_options(
-            group, proj_type=group["proj_type"] in PROJ_TYPES, moments=group["moments"] in MOMENTS
+            group,
+            proj_type=group["proj_type"] in PROJ_TYPES,
+            tensor_projection=group["tensor_projection"] in TENSOR_PROJECTIONS,
+            moments=group["moments"] in MOMENTS,
         )
+        # The base knows the projection that all have in common, and one rank.
+        common = {**group, "proj_type": "std"}
+        if group["tensor_projection"] == "tucker":
+            check_rank(group)
+            check_options(group, projector_bits=group["projector_bits"] is None)
+            common["rank"] = None if group["rank"] is None else 1
+        elif isinstance(group["rank"], Sequence) and not isinstance(group["rank"], str):
+            check_options(group, rank=False)
+        super()._check_group(common)
 
     def _new_state(self, group: Group, p: torch.Tensor, state: State, offset: int) -> None:
-        shape = projector.matrix_shape(p)
-        projector.new_projector(state, shape, p.device, group, offset)
+        if is_tensor(group, p):
+            new_factors(state, p, group, offset)
+        else:
+            projector.new_projector(state, projector.matrix_shape(p), p.device, group, offset)
         state["moments_start"] = 0
         new_moments(state, _moment_shape(group, p, state), p.device, group)
 
@@ -162,12 +194,31 @@ class GaLoreAdamW(SubspaceOptimizer):
         for p, _ in due:
             state = self.state[p]
             if group["moments"] != "keep" and state["projector_ready"]:
-                sides = Sides.of(state, projector.matrix_shape(p), group)
-                old[p] = (state["projector_refreshes"], sides.clone())
-        super()._refresh_together(group, due)
-        for p, (refreshes, sides) in old.items():
+                old[p] = (state["projector_refreshes"], self._bases(group, p).clone())
+        matrices = [row for row in due if not is_tensor(group, row[0])]
+        if matrices:
+            super()._refresh_together(group, matrices)
+        for p, grad in due:
+            if is_tensor(group, p):
+                self._refresh_tensor(group, p, grad)
+        for p, (refreshes, bases) in old.items():
             if self.state[p]["projector_refreshes"] > refreshes:
-                self._move_moments(group, p, sides)
+                self._move_moments(group, p, bases)
+
+    def _refresh_tensor(self, group: Group, p: torch.Tensor, grad: torch.Tensor) -> None:
+        state = self.state[p]
+        warm, step = bool(state["projector_ready"]), int(state["step"].item()) - 1
+        search = Search(warm, group["seed"], state["tensor_id"], step)
+        found = decompose(grad.view(p.shape), Factors.of(state, p), search)
+        if found is not None:
+            factors, energy = found
+            factors.store(state)
+            projector.count(state, kernels.Refresh(kernels.REFRESHED, math.nan, energy))
+
+    def _bases(self, group: Group, p: torch.Tensor) -> Sides | Factors:
+        if is_tensor(group, p):
+            return Factors.of(self.state[p], p)
+        return Sides.of(self.state[p], projector.matrix_shape(p), group)
 
     def _starting_basis(self, group: Group, p: torch.Tensor) -> tuple[torch.Tensor, bool]:
         shape = projector.matrix_shape(p)
@@ -185,7 +236,7 @@ class GaLoreAdamW(SubspaceOptimizer):
         if projector.LONG in names:
             projector.store_basis(self.state[p], long_basis(grad, basis), group, projector.LONG)
 
-    def _move_moments(self, group: Group, p: torch.Tensor, old: Sides) -> None:
+    def _move_moments(self, group: Group, p: torch.Tensor, old: Any) -> None:
         """After a refresh: moments that stay belong to coordinates that are gone."""
         state = self.state[p]
         shape, done = _moment_shape(group, p, state), int(state["step"].item()) - 1
@@ -193,7 +244,7 @@ class GaLoreAdamW(SubspaceOptimizer):
             reset_moments(state, shape, group)
             state["moments_start"] = done
             return
-        turn = Sides.of(state, projector.matrix_shape(p), group).turn_from(old)
+        turn = cast(Turn, self._bases(group, p).turn_from(old))
         turn_moments(state, shape, turn, done - state["moments_start"], group)
 
     # Steps
@@ -215,26 +266,28 @@ class GaLoreAdamW(SubspaceOptimizer):
     ) -> None:
         common = []
         for p, grad in zip(params, grads, strict=True):
-            shape = projector.matrix_shape(p)
-            if projector.LONG in projector.kept_bases(shape, group["proj_type"]):
-                self._step_by_sides(group, p, grad, hyper)
+            names = projector.kept_bases(projector.matrix_shape(p), group["proj_type"])
+            if is_tensor(group, p) or projector.LONG in names:
+                self._step_by_bases(group, p, grad, hyper)
             else:
                 common.append((p, grad))
         if common:
             chosen, theirs = (list(column) for column in zip(*common, strict=True))
             super()._step_projected(group, chosen, theirs, hyper)
 
-    def _step_by_sides(
+    def _step_by_bases(
         self, group: Group, p: torch.Tensor, grad: torch.Tensor, hyper: AdamHyper
     ) -> None:
-        state = self.state[p]
-        sides = Sides.of(state, projector.matrix_shape(p), group)
-        update = sides.project(grad)
+        state, bases = self.state[p], self._bases(group, p)
+        update = bases.project(grad)
         batch = Batch([update], [update], self._adam_states(group, [p]))
         step_directions(batch, hyper, self._counter(p.device))
-        outer, basis = sides.factors(update)
-        self._add_back(group, [(p, state, sides.shape, outer)], hyper, [basis])
+        outer, basis = bases.factors(update)
+        self._add_back(group, [(p, state, projector.matrix_shape(p), outer)], hyper, [basis])
 
 
 def _moment_shape(group: Group, p: torch.Tensor, state: State) -> tuple[int, int]:
+    if is_tensor(group, p):
+        # What takes a moment's shape takes one of any length.
+        return cast("tuple[int, int]", core_shape(p, state))
     return moment_shape(projector.matrix_shape(p), state["projector_rank"], group["proj_type"])
