@@ -46,6 +46,13 @@ def _no_wait(*_: object) -> None:
 
 
 @contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Lets optimizers that wait for a GPU after every parameter run on a CPU."""
+    with mock.patch.object(torch.cuda, "synchronize", _no_wait):
+        yield
+
+
+@contextlib.contextmanager
 def q_galore_on_cpu() -> Iterator[ModuleType]:
     """Makes the optimizer of q-galore-torch work while the context is open.
 
@@ -65,7 +72,7 @@ def q_galore_on_cpu() -> Iterator[ModuleType]:
         return {**get_config(self, *arguments), **_CONFIG}
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.cuda, "synchronize", _no_wait))
+        stack.enter_context(without_waiting())
         stack.enter_context(mock.patch.object(module, "F", _Functional(module.F)))
         stack.enter_context(mock.patch.object(optimizer, "get_config", with_old_options))
         yield q_galore_torch
