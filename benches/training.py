@@ -16,7 +16,6 @@ import gradpress
 from benches.methods import Method, set_rates
 from benches.tables import Table, number
 from gradpress.train.evaluate import token_losses
-from gradpress.train.optimizer import split_parameters
 from gradpress.train.report import figure
 from gradpress.train.schedule import lr_multiplier
 
@@ -81,10 +80,7 @@ def _best_of(method: Method, task: Task) -> dict[str, Any]:
 
 def _train(method: Method, rate: float, task: Task, steps: int) -> dict[str, Any]:
     model = task.build()
-    if method.weight_bits is not None:
-        gradpress.nn.quantize_(model, bits=method.weight_bits, target_modules=["attn", "mlp"])
-    matrices, rest = split_parameters(model)
-    optimizer = method.make(method.groups(matrices, rest, task.rank))
+    optimizer = method.prepare(model, task.rank)
     training: list[float] = []
     seconds: list[float] = []
     trial = steps == task.trial_steps
