@@ -75,7 +75,8 @@ def test_rows_say_how_parameters_are_stored_and_stepped(make):
         assert (row.refreshes == 0) == (row.rank is None)
         assert (row.weight_saturation is not None) == isinstance(p, QuantizedWeight)
         assert (row.moment_saturation is not None) == any(
-            name.endswith("_codes") and "projector" not in name for name in state
+            name.endswith("_codes") and not name.startswith(("projector", "error"))
+            for name in state
         )
         assert plain.weight_saturation is plain.moment_saturation is None
         assert plain.state_bytes == row.state_bytes
