@@ -29,11 +29,10 @@ _NAMES = (
     "QGaLoreAdamW, INT8 weights",
     "ApolloMini",
     "Fira",
-    "LDAdamW",
 )
 #: Peak rates that are tried: a tenth of those for pre-training.
 _SMALLER = 0.1
-_LENGTH, _BATCH, _STEPS, _TRIAL_STEPS = 128, 2, 40, 10
+_LENGTH, _BATCH, _STEPS, _TRIAL_STEPS = 128, 2, 30, 8
 #: Characters of the text that are tokenized: more than all steps read.
 _TRAINING_CHARACTERS, _VALIDATION_CHARACTERS = 400_000, 60_000
 
@@ -81,7 +80,7 @@ def _task(quick: bool) -> Task:
         tokens=validation,
         sequence_length=_LENGTH,
         batch_size=4,
-        batches=1 if quick else 4,
+        batches=1 if quick else 3,
     )
     return Task(
         build=lambda: copy.deepcopy(model),

@@ -27,7 +27,7 @@ _MODEL: dict[str, Any] = {
     "sequence_length": 128,
     "rank": 80,
 }
-_STEPS, _TRIAL_STEPS, _REST = 300, 60, 1e-2
+_STEPS, _TRIAL_STEPS, _REST = 160, 30, 1e-2
 
 _ABOUT = (
     "A LLaMA of 9M parameters (hidden size 320, 6 layers, vocabulary 2048, so that 85 % of them"
@@ -38,7 +38,7 @@ _ABOUT = (
     f" embeddings, norms and head have {_REST:g} everywhere: a low-rank method wins by its split"
     " of rates alone where the others have none. Linear warm-up over a tenth, cosine to a tenth,"
     " no decay. Losses are nats per token on text that no run has seen. One seed: differences of a"
-    " hundredth mean nothing, and 300 steps say nothing about 100,000.",
+    " hundredth mean nothing, and 160 steps say nothing about 100,000.",
     "`pretraining.png` beside this file shows the same runs, `pretraining.json` has their numbers.",
 )
 
@@ -58,7 +58,7 @@ def _task(folder: Path, quick: bool) -> Task:
     config = TrainConfig.create(**_MODEL)
     data = prepare_tokens(config, folder)
     length = config.sequence_length
-    batches = 1 if quick else 8
+    batches = 1 if quick else 4
     return Task(
         build=functools.partial(build_model, config),
         windows=lambda step: training_batch(
@@ -75,7 +75,7 @@ def _task(folder: Path, quick: bool) -> Task:
         ),
         steps=6 if quick else _STEPS,
         trial_steps=3 if quick else _TRIAL_STEPS,
-        every=3 if quick else 30,
+        every=3 if quick else 20,
         rank=config.rank,
         rest=_REST,
     )

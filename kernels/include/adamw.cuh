@@ -1,6 +1,7 @@
 // AdamW over lists of tensors (src/optim/cpu.rs), for parameters and for directions.
 #pragma once
 
+#include "friction.cuh"
 #include "list.cuh"
 #include "maps.cuh"
 #include "pack.cuh"
@@ -8,7 +9,8 @@
 #include "tile.cuh"
 
 struct AdamTensor {
-    void* param; // null for a direction, which overwrites `grad`
+    // Null for a direction, which overwrites `grad`, or the gradient of the step before there.
+    void* param;
     void* grad;
     void* exp_avg; // float, or codes with scales
     void* exp_avg_sq;
@@ -30,7 +32,10 @@ struct AdamShared {
     float factor; // multiplies the gradient: sign and inverse of a scale known to the host
     u32 key[2];
     int stochastic;
+    Friction friction;
+    int narrow; // whether gradients of the step before are bfloat16
 };
+static_assert(sizeof(AdamShared) == 56, "as README.md says");
 
 struct AdamStep {
     __device__ AdamStep(const AdamTensor& tensor, const AdamShared& shared, const float* grad_scale)
@@ -46,6 +51,7 @@ struct AdamStep {
 struct Adam {
     __device__ Adam(float gradient, float m, float v, const AdamStep& step) {
         const float g = gradient * step.factor;
+        scaled = g;
         const float new_m = step.beta1 * m + step.rest1 * g;
         float new_v = step.beta2 * v + step.rest2 * g * g;
         // The square of a gradient above 1e19 overflows; infinity would poison the whole block.
@@ -56,7 +62,7 @@ struct Adam {
         exp_avg_sq = finite ? new_v : v;
     }
 
-    float exp_avg, exp_avg_sq, update;
+    float scaled, exp_avg, exp_avg_sq, update; // `scaled` is the gradient
     bool finite;
 };
 
@@ -92,6 +98,8 @@ public:
     __device__ void store(i64 element, float value, u32 dither) const {
         param_[element] = round(value, dither);
     }
+    __device__ void remember(i64, int, const float (&)[4]) const {}
+    __device__ void remember(i64, float) const {}
 
     Key key;
     bool stochastic;
@@ -108,20 +116,46 @@ private:
     float keep_;
 };
 
-// Gradients that become updates without decay; zero where they are not finite.
+// Gradients that become updates without decay; zero where they are not finite. Where the gradient
+// of the step before is given, less of the update is taken, and this gradient takes its place.
 class Directions {
 public:
     static constexpr bool DITHERED = false;
 
-    __device__ Directions(const AdamTensor& tensor, const AdamShared&)
-        : grad_(static_cast<float*>(tensor.grad)) {}
+    __device__ Directions(const AdamTensor& tensor, const AdamShared& shared)
+        : grad_(static_cast<float*>(tensor.grad)), before_(tensor.param),
+          friction_(shared.friction), narrow_(shared.narrow != 0) {}
 
-    __device__ void load(i64 element, int left, float (&gradient)[4], float (&)[4]) const {
+    __device__ void load(i64 element, int left, float (&gradient)[4], float (&old)[4]) const {
         load_four(grad_ + element, left, gradient);
+        if (!before_)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) old[j] = 0.0f;
+        else if (narrow_) load_four(static_cast<const bf16*>(before_) + element, left, old);
+        else load_four(static_cast<const float*>(before_) + element, left, old);
     }
-    __device__ void load(i64 element, float& gradient, float&) const { gradient = grad_[element]; }
-    __device__ float next(float, const Adam& adam) const {
-        return adam.finite ? -adam.update : 0.0f;
+    __device__ void load(i64 element, float& gradient, float& old) const {
+        gradient = grad_[element];
+        if (!before_) old = 0.0f;
+        else if (narrow_) old = widen(static_cast<const bf16*>(before_)[element]);
+        else old = static_cast<const float*>(before_)[element];
+    }
+    __device__ float next(float old, const Adam& adam) const {
+        if (!adam.finite) return 0.0f;
+        return before_ ? -adam.update * friction_.of(old - adam.scaled) : -adam.update;
+    }
+    __device__ void remember(i64 element, int left, const float (&gradient)[4]) const {
+        if (!before_) return;
+        if (!narrow_) return store_four(static_cast<float*>(before_) + element, left, gradient);
+        bf16 rounded[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) rounded[j] = narrow<bf16>(gradient[j]);
+        store_four(static_cast<bf16*>(before_) + element, left, rounded);
+    }
+    __device__ void remember(i64 element, float gradient) const {
+        if (!before_) return;
+        if (narrow_) static_cast<bf16*>(before_)[element] = narrow<bf16>(gradient);
+        else static_cast<float*>(before_)[element] = gradient;
     }
     __device__ void store(i64 element, int left, const float (&values)[4],
                           const u32 (&)[4]) const {
@@ -134,6 +168,9 @@ public:
 
 private:
     float* grad_;
+    void* before_;
+    Friction friction_;
+    bool narrow_;
 };
 
 // What a lane holds of a tile.
@@ -154,7 +191,9 @@ __device__ __forceinline__ void step_quads(Quads& quads, const TARGET& target, c
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const Adam adam(quads.gradient[quad][j], quads.m[quad][j], quads.v[quad][j], step);
-            quads.old[quad][j] = target.next(quads.old[quad][j], adam);
+            const float old = quads.old[quad][j];
+            quads.old[quad][j] = target.next(old, adam);
+            quads.gradient[quad][j] = adam.finite ? adam.scaled : old;
             quads.m[quad][j] = adam.exp_avg;
             quads.v[quad][j] = adam.exp_avg_sq;
             replaced += j < left && !adam.finite;
@@ -166,6 +205,7 @@ __device__ __forceinline__ void step_quads(Quads& quads, const TARGET& target, c
 #pragma unroll
     for (int quad = 0; quad < 2; ++quad) {
         target.store(tile.element(quad), tile.left(quad, numel), quads.old[quad], dithers[quad]);
+        target.remember(tile.element(quad), tile.left(quad, numel), quads.gradient[quad]);
     }
     add_to_counter(nonfinite, replaced);
 }
@@ -339,6 +379,7 @@ __device__ __forceinline__ void adamw_blockwise_run(const AdamTensor& tensor,
             const Adam adam = adam_at(element, old);
             const u32 dither = TARGET::DITHERED && target.stochastic ? dithers.at(element) : 0;
             target.store(element, target.next(old, adam), dither);
+            target.remember(element, adam.finite ? adam.scaled : old);
             m_stored = maps.encode_m.code(adam.exp_avg * m_block.inverse);
             v_stored = maps.encode_v.code(adam.exp_avg_sq * v_block.inverse);
         }

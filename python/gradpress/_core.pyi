@@ -55,9 +55,14 @@ def adamw_blockwise_direction(
     block_size: SupportsIndex,
     grad_scale_tensor: Any | None = None,
     found_inf: Any | None = None,
+    previous_grads: SupportsGetItem[int, Any] | None = None,
+    friction: str | None = None,
 ) -> None:
     """
     Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
+
+    With `previous_grads` and a `friction` the update is diffGrad's: less of a step is taken where
+    the gradient has changed little since the step before. The gradients become the previous ones.
     """
 
 def adamw_blockwise_step(
@@ -107,6 +112,8 @@ def adamw_direction(
     grad_scale: SupportsFloat | SupportsIndex,
     grad_scale_tensor: Any | None = None,
     found_inf: Any | None = None,
+    previous_grads: SupportsGetItem[int, Any] | None = None,
+    friction: str | None = None,
 ) -> None:
     """
     `adamw_blockwise_direction` with float32 moments.

@@ -41,6 +41,7 @@ pub static HEADERS: &[Source] = sources!["include/":
     "change.cuh",
     "element.cuh",
     "flag.cuh",
+    "friction.cuh",
     "gemm.cuh",
     "grid.cuh",
     "linalg.cuh",

@@ -67,6 +67,33 @@ impl Hyper {
     }
 }
 
+/// How much of a step is taken, by how much the gradient has changed since the step before:
+/// ``height * sigmoid(slope * d) + base`` of the difference d, or of its magnitude.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+pub struct Friction {
+    /// The bits of the difference that count: all, or all but the sign.
+    pub mask: u32,
+    pub slope: f32,
+    pub height: f32,
+    pub base: f32,
+}
+
+impl Friction {
+    pub const NAMES: [&'static str; 3] = ["abs", "signed", "wide"];
+
+    /// The variants of diffGrad's paper.
+    pub fn named(check: Check, name: &str) -> Result<Self> {
+        let (all, magnitude) = (u32::MAX, u32::MAX >> 1);
+        check.value("friction", Self::NAMES.contains(&name), "abs, signed or wide", name)?;
+        Ok(match name {
+            "signed" => Self { mask: all, slope: 1.0, height: 1.0, base: 0.0 },
+            "wide" => Self { mask: magnitude, slope: 0.5, height: 9.0, base: -4.0 },
+            _ => Self { mask: magnitude, slope: 1.0, height: 1.0, base: 0.0 },
+        })
+    }
+}
+
 /// Moments as they come from Python, one entry for each tensor.
 pub enum States {
     Codes { views: [Vec<TensorViewMut>; 4], bits: u8, block_size: usize },
@@ -134,6 +161,8 @@ pub struct Call {
     pub states: States,
     pub steps: Vec<u32>,
     pub tensor_ids: Vec<u32>,
+    /// Of directions: the gradients of the step before, which become these.
+    pub previous: Option<(Vec<TensorViewMut>, Friction)>,
     /// Increased by the number of gradient elements that are not finite.
     pub nonfinite: TensorViewMut,
     /// One float32 that gradients are divided by, too, read where the tensors are.
@@ -150,6 +179,8 @@ pub struct Given {
     pub states: Result<States>,
     pub steps: Vec<u32>,
     pub tensor_ids: Vec<u32>,
+    /// Together, or neither.
+    pub previous: (Option<Vec<Arg>>, Option<String>),
     pub nonfinite: Arg,
     pub grad_scale: Option<Arg>,
     pub found_inf: Option<Arg>,
@@ -173,6 +204,18 @@ impl Call {
         let targets = check.outputs(name, given.targets)?;
         let grads = given.grads.map(|grads| check.inputs("grads", grads)).transpose()?;
         let states = given.states?;
+        let (previous, friction) = given.previous;
+        let both = previous.is_some() == friction.is_some();
+        let got = friction.clone().unwrap_or_else(|| "None".into());
+        check.value("friction", both, "given where previous_grads is, and only there", got)?;
+        let previous = previous
+            .zip(friction)
+            .map(|(args, friction)| -> Result<_> {
+                let views = check.outputs("previous_grads", args)?;
+                check_previous(check, name, &targets, &views)?;
+                Ok((views, Friction::named(check, &friction)?))
+            })
+            .transpose()?;
         let nonfinite = counter(check, given.nonfinite)?;
         let grad_scale = scalar("grad_scale_tensor", given.grad_scale)?;
         let found_inf = scalar("found_inf", given.found_inf)?;
@@ -190,6 +233,7 @@ impl Call {
             states,
             steps,
             tensor_ids,
+            previous,
             nonfinite,
             grad_scale,
             found_inf,
@@ -204,6 +248,9 @@ impl Call {
         for (name, views) in self.states.named() {
             written.extend(names(name, views));
         }
+        if let Some((views, _)) = &self.previous {
+            written.extend(names("previous_grads", views));
+        }
         written.push(("nonfinite".into(), &self.nonfinite));
         let grads = self.grads.iter().flat_map(|grads| names("grads", grads));
         let grad_scale = self.grad_scale.iter().map(|view| ("grad_scale_tensor".into(), view));
@@ -211,6 +258,22 @@ impl Call {
         let read: Vec<(Name, &TensorView)> = grads.chain(grad_scale).chain(found_inf).collect();
         one_device(check, &written, &read)
     }
+}
+
+fn check_previous(
+    check: Check,
+    name: &'static str,
+    targets: &[TensorViewMut],
+    previous: &[TensorViewMut],
+) -> Result<()> {
+    check.length("previous_grads", previous.len(), name, targets.len())?;
+    for (i, (view, target)) in previous.iter().zip(targets).enumerate() {
+        if view.dtype() != DType::BF16 {
+            check.dtype(("previous_grads", i), view, DType::F32)?;
+        }
+        check.shape(("previous_grads", i), view, target.shape())?;
+    }
+    Ok(())
 }
 
 fn check_targets(

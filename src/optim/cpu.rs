@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::call::{Call, States, Step};
+use super::call::{Call, Friction, States, Step};
 use crate::cpu::threads::Threads;
 use crate::error::{Error, Result};
 use crate::multiversion;
@@ -34,7 +34,7 @@ enum Moments<'a> {
 /// What is stepped: parameters with their gradients, or gradients that become updates.
 enum Target<'a> {
     Parameter(FloatsMut<'a>, Floats<'a>),
-    Direction(&'a mut [f32]),
+    Direction(&'a mut [f32], Option<(FloatsMut<'a>, Friction)>),
 }
 
 /// One tensor's part in a call.
@@ -92,7 +92,7 @@ impl<'a> Target<'a> {
     fn len(&self) -> usize {
         match self {
             Self::Parameter(p, _) => p.len(),
-            Self::Direction(g) => g.len(),
+            Self::Direction(g, _) => g.len(),
         }
     }
 
@@ -102,9 +102,15 @@ impl<'a> Target<'a> {
                 let ((p, p_rest), (g, g_rest)) = (p.split_at(middle), g.split_at(middle));
                 (Self::Parameter(p, g), Self::Parameter(p_rest, g_rest))
             }
-            Self::Direction(g) => {
-                let (g, rest) = g.split_at_mut(middle);
-                (Self::Direction(g), Self::Direction(rest))
+            Self::Direction(g, previous) => {
+                let (g, g_rest) = g.split_at_mut(middle);
+                let (here, rest) = previous
+                    .map(|(p, friction)| {
+                        let (p, p_rest) = p.split_at(middle);
+                        ((p, friction), (p_rest, friction))
+                    })
+                    .unzip();
+                (Self::Direction(g, here), Self::Direction(g_rest, rest))
             }
         }
     }
@@ -178,6 +184,11 @@ pub fn adamw(call: &mut Call, threads: Threads) -> Result<()> {
     // written one overlaps any other.
     let moments = unsafe { moments(&mut call.states) };
     let mut items = Vec::with_capacity(moments.len());
+    let (previous, friction) = match &mut call.previous {
+        Some((views, friction)) => (views.as_mut_slice(), Some(*friction)),
+        None => (&mut [][..], None),
+    };
+    let mut previous = previous.iter_mut();
     for (i, (target, moments)) in call.targets.iter_mut().zip(moments).enumerate() {
         let (device, dtype) = (target.device(), target.dtype());
         // SAFETY: as above.
@@ -186,7 +197,10 @@ pub fn adamw(call: &mut Call, threads: Threads) -> Result<()> {
                 Some(grads) => FloatsMut::of(target)
                     .zip(Floats::of(&grads[i]))
                     .map(|(p, g)| Target::Parameter(p, g)),
-                None => Some(Target::Direction(target.as_mut_slice())),
+                None => {
+                    let previous = previous.next().and_then(|view| FloatsMut::of(view));
+                    Some(Target::Direction(target.as_mut_slice(), previous.zip(friction)))
+                }
             }
         };
         let target = target.ok_or(Error::Unsupported { op: call.op, device, dtype })?;
@@ -285,7 +299,15 @@ fn step_span(
 ) -> i64 {
     let len = m.len();
     match target {
-        Target::Direction(g) => direction(&mut g[at..at + len], m, v, step),
+        Target::Direction(g, None) => direction(&mut g[at..at + len], m, v, step),
+        Target::Direction(g, Some((previous, friction))) => {
+            let before = &mut scratch.param;
+            before.resize(len, 0.0);
+            previous.widen(at, before);
+            let nonfinite = rubbed(&mut g[at..at + len], before, m, v, step, *friction);
+            previous.narrow(at, before);
+            nonfinite
+        }
         Target::Parameter(p, g) => {
             let Scratch { grad, param, dithers, .. } = scratch;
             let grad = g.values(at, len, grad);
@@ -345,6 +367,60 @@ fn direction_kernel(g: &mut [f32], m: &mut [f32], v: &mut [f32], step: Step) -> 
     i64::from(nonfinite)
 }
 
+/// The exponential function in float32 arithmetic alone, so that all devices have its bits; for
+/// magnitudes up to 87, within two units in the last place. Cephes' polynomial (Moshier, `expf`).
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const ROUNDER: f32 = 12_582_912.0; // adding it leaves an integer in the last bits
+    let shifted = x * std::f32::consts::LOG2_E + ROUNDER;
+    let n = shifted - ROUNDER;
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p * r + coefficient;
+    }
+    let power = (shifted.to_bits() - ROUNDER.to_bits()).wrapping_add(127) << 23;
+    (p * r * r + r + 1.0) * f32::from_bits(power)
+}
+
+impl Friction {
+    #[inline(always)]
+    fn of(self, difference: f32) -> f32 {
+        let x = f32::from_bits(difference.to_bits() & self.mask) * self.slope;
+        let x = if x < 87.0 { x } else { 87.0 };
+        let x = if x > -87.0 { x } else { -87.0 };
+        self.height * (1.0 / (1.0 + exp(-x))) + self.base
+    }
+}
+
+#[inline(always)]
+fn rubbed_kernel(
+    g: &mut [f32],
+    before: &mut [f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    step: Step,
+    friction: Friction,
+) -> i64 {
+    let mut nonfinite = 0i32;
+    for (((g, before), m), v) in g.iter_mut().zip(before).zip(m).zip(v) {
+        let (new_m, new_v, update, finite) = adam(*g, *m, *v, step);
+        let now = *g * step.factor;
+        let share = friction.of(*before - now);
+        *g = if finite { -update * share } else { 0.0 };
+        *before = if finite { now } else { *before };
+        (*m, *v) = (new_m, new_v);
+        nonfinite += i32::from(!finite);
+    }
+    i64::from(nonfinite)
+}
+
+multiversion! {
+    fn rubbed(
+        g: &mut [f32], before: &mut [f32], m: &mut [f32], v: &mut [f32], step: Step,
+        friction: Friction,
+    ) -> i64 = rubbed_kernel
+}
 multiversion! {
     fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: Step) -> i64
         = update_kernel

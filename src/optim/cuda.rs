@@ -1,6 +1,6 @@
 //! AdamW steps on CUDA devices: one launch for each pair of dtypes, whatever the number of tensors.
 
-use super::call::{Call, States};
+use super::call::{Call, Friction, States};
 use crate::cuda::list::{Entry, Part, parts};
 use crate::cuda::{Args, Module, Parameter, Shape, Stream};
 use crate::error::Result;
@@ -11,7 +11,7 @@ use crate::tensor::DType;
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 struct AdamTensor {
-    /// Null for a direction.
+    /// Of a direction the gradient of the step before, or null.
     param: *mut u8,
     /// Overwritten by a direction.
     grad: *mut u8,
@@ -51,9 +51,12 @@ struct AdamShared {
     factor: f32,
     key: [u32; 2],
     stochastic: i32,
+    friction: Friction,
+    /// Whether gradients of the step before are bfloat16.
+    narrow: i32,
 }
 
-// SAFETY: 36 bytes without padding, as the kernels' `AdamShared`.
+// SAFETY: 56 bytes without padding, as the kernels' `AdamShared`.
 unsafe impl Parameter for AdamShared {
     const KIND: u8 = b's';
 }
@@ -140,7 +143,10 @@ fn entry(call: &mut Call, i: usize) -> AdamTensor {
     let numel = target.numel() as i64;
     let (param, grad) = match &call.grads {
         Some(grads) => (target.ptr_mut(), grads[i].ptr().cast_mut()),
-        None => (std::ptr::null_mut(), target.ptr_mut()),
+        None => {
+            let previous = call.previous.as_mut().map(|(views, _)| views[i].ptr_mut());
+            (previous.unwrap_or(std::ptr::null_mut()), target.ptr_mut())
+        }
     };
     let [exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale] = match &mut call.states {
         States::Floats { views: [m, v] } => {
@@ -172,8 +178,13 @@ fn entry(call: &mut Call, i: usize) -> AdamTensor {
 /// Steps every tensor of the call.
 pub fn adamw(call: &mut Call, stream: &Stream) -> Result<()> {
     if call.grads.is_none() {
-        let all = (0..call.targets.len()).collect();
-        return launch(call, stream, DIRECTION, DIRECTION_KERNELS, all);
+        // In one launch the gradients of the step before are of one dtype.
+        let narrow = |&i: &usize| {
+            call.previous.as_ref().is_some_and(|(views, _)| views[i].dtype() == DType::BF16)
+        };
+        let (first, rest): (Vec<_>, Vec<_>) = (0..call.targets.len()).partition(narrow);
+        launch(call, stream, DIRECTION, DIRECTION_KERNELS, first)?;
+        return launch(call, stream, DIRECTION, DIRECTION_KERNELS, rest);
     }
     for (dtypes, module) in STEPS {
         let has = |&i: &usize| {
@@ -193,6 +204,10 @@ fn launch(
     kernels: [&'static str; 3],
     chosen: Vec<usize>,
 ) -> Result<()> {
+    let Some(&one) = chosen.first() else { return Ok(()) };
+    let previous = call.previous.as_ref();
+    let narrow = previous.is_some_and(|(views, _)| views[one].dtype() == DType::BF16);
+    let friction = previous.map(|&(_, friction)| friction);
     let layout = Layout::of(call);
     let capacity = stream.list_capacity();
     let entries = chosen.into_iter().map(|i| {
@@ -211,6 +226,8 @@ fn launch(
         factor: step.factor,
         key: step.key.map_or([0; 2], |key| key.seed_words()),
         stochastic: i32::from(step.key.is_some()),
+        friction: friction.unwrap_or(Friction { mask: 0, slope: 0.0, height: 0.0, base: 0.0 }),
+        narrow: i32::from(narrow),
     };
     for Part { entries, blocks } in parts {
         let args = Args::new()
@@ -242,6 +259,6 @@ mod tests {
         assert_eq!(size_of::<AdamTensor>(), 80);
         assert_eq!(std::mem::offset_of!(AdamTensor, first_block), 56);
         assert_eq!(std::mem::offset_of!(AdamTensor, keep), 76);
-        assert_eq!(size_of::<AdamShared>(), 36);
+        assert_eq!(size_of::<AdamShared>(), 56);
     }
 }

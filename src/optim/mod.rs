@@ -65,6 +65,7 @@ pub fn adamw_blockwise_step(
         states,
         steps,
         tensor_ids,
+        previous: (None, None),
         nonfinite,
         grad_scale,
         found_inf,
@@ -113,6 +114,7 @@ pub fn adamw_step(
         states,
         steps,
         tensor_ids,
+        previous: (None, None),
         nonfinite,
         grad_scale,
         found_inf,
@@ -122,11 +124,14 @@ pub fn adamw_step(
 }
 
 /// Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
+///
+/// With `previous_grads` and a `friction` the update is diffGrad's: less of a step is taken where
+/// the gradient has changed little since the step before. The gradients become the previous ones.
 #[pyfunction]
 #[pyo3(signature = (
     grads, exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, steps, nonfinite,
     lr, beta1, beta2, eps, maximize, grad_scale, bits, block_size, grad_scale_tensor=None,
-    found_inf=None
+    found_inf=None, previous_grads=None, friction=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_blockwise_direction(
@@ -148,6 +153,8 @@ pub fn adamw_blockwise_direction(
     block_size: usize,
     grad_scale_tensor: Option<Arg>,
     found_inf: Option<Arg>,
+    previous_grads: Option<Vec<Arg>>,
+    friction: Option<String>,
 ) -> PyResult<()> {
     let op = "adamw_blockwise_direction";
     let lists = [exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale];
@@ -161,6 +168,7 @@ pub fn adamw_blockwise_direction(
         states,
         steps,
         tensor_ids,
+        previous: (previous_grads, friction),
         nonfinite,
         grad_scale,
         found_inf,
@@ -173,7 +181,7 @@ pub fn adamw_blockwise_direction(
 #[pyfunction]
 #[pyo3(signature = (
     grads, exp_avg, exp_avg_sq, steps, nonfinite, lr, beta1, beta2, eps, maximize, grad_scale,
-    grad_scale_tensor=None, found_inf=None
+    grad_scale_tensor=None, found_inf=None, previous_grads=None, friction=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_direction(
@@ -191,6 +199,8 @@ pub fn adamw_direction(
     grad_scale: f64,
     grad_scale_tensor: Option<Arg>,
     found_inf: Option<Arg>,
+    previous_grads: Option<Vec<Arg>>,
+    friction: Option<String>,
 ) -> PyResult<()> {
     let op = "adamw_direction";
     let states = States::floats(Check { op }, [exp_avg, exp_avg_sq]);
@@ -203,6 +213,7 @@ pub fn adamw_direction(
         states,
         steps,
         tensor_ids,
+        previous: (previous_grads, friction),
         nonfinite,
         grad_scale,
         found_inf,

@@ -108,3 +108,17 @@ def test_adamw_blockwise_direction(parity):
         parity(optim.adamw_blockwise_direction, grads, *codes(bits, size), **common(), **layout)
     for options in SCALES:
         parity(optim.adamw_blockwise_direction, grads, *codes(8, 256), **common(), **options)
+
+
+@pytest.mark.parametrize("friction", ["abs", "signed", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_with_friction(parity, friction, dtype):
+    grads = gradients(torch.float32)
+    before = [randn(shape, 30 + i, dtype, 10.0 ** (i - 4)) for i, shape in enumerate(SHAPES)]
+    rubbed = {"previous_grads": before, "friction": friction}
+    for options in ({}, *SCALES):
+        parity(optim.adamw_direction, grads, *moments(), **common(), **rubbed, **options)
+    for bits, size in LAYOUTS:
+        layout = {"bits": bits, "block_size": size}
+        states = codes(bits, size)
+        parity(optim.adamw_blockwise_direction, grads, *states, **common(), **layout, **rubbed)

@@ -66,11 +66,20 @@ class AdamList(ctypes.Structure):
     _fields_ = (("tensors", AdamTensor * CAPACITY),)
 
 
+class Friction(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        *((name, ctypes.c_float) for name in ("slope", "height", "base")),
+    )
+
+
 class AdamShared(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("beta1", "beta2", "rest1", "rest2", "eps", "factor")),
         ("key", ctypes.c_uint32 * 2),
         ("stochastic", ctypes.c_int32),
+        ("friction", Friction),
+        ("narrow", ctypes.c_int32),
     )
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradpress.ops import dynamic, runtime
 from gradpress.ops import optim as kernels
-from gradpress.ops import runtime
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 FULL = {**HYPER, "weight_decay": 0.1}
@@ -144,6 +144,89 @@ def test_nonfinite_elements_are_left_alone():
     )
     assert torch.isfinite(q).all()
     assert torch.isfinite(states[3]).all()
+
+
+FRICTIONS = {
+    "abs": lambda d: 1 / (1 + np.exp(-np.abs(d))),
+    "signed": lambda d: 1 / (1 + np.exp(-d)),
+    "wide": lambda d: 9 / (1 + np.exp(-np.abs(d) / 2)) - 4,
+}
+
+
+@given(
+    count=st.integers(0, 600),
+    friction=st.sampled_from(sorted(FRICTIONS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([0.0, 1e-6, 1.0, 20.0, 1e4]),
+    bits=st.sampled_from([None, 4, 8]),
+)
+def test_friction_against_float64(count, friction, dtype, scale, bits):
+    g = torch.Generator().manual_seed(count)
+    grad, before = (torch.randn(count, generator=g) * scale for _ in range(2))
+    before = before.to(dtype)
+    results, kept = [], before.clone()
+    for options in ({}, {"previous_grads": [kept], "friction": friction}):
+        nonfinite, update = torch.zeros(1, dtype=torch.int64), grad.clone()
+        common = {"steps": [1], "nonfinite": nonfinite, **HYPER, **options}
+        if bits is None:
+            kernels.adamw_direction([update], [torch.zeros(count)], [torch.zeros(count)], **common)
+        else:
+            states = codes_of_zero(count, bits)
+            kernels.adamw_blockwise_direction([update], *states, bits=bits, **common)
+        results.append(update.double().numpy())
+    difference = before.double().numpy() - grad.double().numpy()
+    with np.errstate(over="ignore"):
+        factor = FRICTIONS[friction](difference)
+    # One float32 subtraction (relative to the larger term), one exponential of 2e-7, and a handful
+    # of roundings; "wide" takes 4 from up to 9.
+    slack = 2e-6 * (1 + np.abs(before.double().numpy()) + np.abs(grad.double().numpy()))
+    np.testing.assert_array_less(
+        np.abs(results[1] - results[0] * factor), np.abs(results[0]) * slack + 1e-30
+    )
+    np.testing.assert_array_equal(kept.float().numpy(), grad.to(dtype).float().numpy())
+
+
+def codes_of_zero(count, bits):
+    lists = []
+    for signed in (True, False):
+        code, scale, _ = dynamic.quantize_dynamic(
+            torch.zeros(count), signed=signed, bits=bits, block_size=256
+        )
+        lists += [[code], [scale]]
+    return lists
+
+
+def test_friction_spares_what_is_not_finite_and_checks_its_arguments():
+    nan, inf = float("nan"), float("inf")
+    grad = torch.tensor([nan, inf, -inf, 1.0])
+    before, nonfinite = torch.arange(4.0), torch.zeros(1, dtype=torch.int64)
+    m, v = torch.zeros(4), torch.zeros(4)
+
+    def call(**options):
+        kernels.adamw_direction(
+            [grad], [m], [v], steps=[1], nonfinite=nonfinite, **HYPER, **options
+        )
+
+    for message, options in {
+        "friction must be abs, signed or wide, got none": {
+            "previous_grads": [before],
+            "friction": "none",
+        },
+        "friction must be .*previous_grads is, .*None": {"previous_grads": [before]},
+        "friction must be .*previous_grads is, and only": {"friction": "abs"},
+        r"previous_grads\[0\].*shape": {"previous_grads": [before[:3]], "friction": "abs"},
+        "previous_grads.*1.*2": {"previous_grads": [before, before], "friction": "abs"},
+        r"previous_grads\[0\]": {"previous_grads": [before.half()], "friction": "abs"},
+        "grads": {"previous_grads": [grad], "friction": "abs"},
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(**options)
+    assert grad.isnan()[0]
+    assert torch.equal(before, torch.arange(4.0))
+    call(previous_grads=[before], friction="abs")
+    assert grad[:3].tolist() == [0.0, 0.0, 0.0]
+    assert before.tolist() == [0.0, 1.0, 2.0, 1.0]
+    assert nonfinite.item() == 3
 
 
 def test_arguments_are_checked_before_anything_is_written():

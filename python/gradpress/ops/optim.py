@@ -164,11 +164,16 @@ def adamw_blockwise_direction(
     found_inf: torch.Tensor | None = None,
     bits: int = 8,
     block_size: int = 256,
+    previous_grads: Tensors | None = None,
+    friction: str | None = None,
 ) -> None:
     """Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
 
     The arguments are those of :func:`adamw_blockwise_step`; the update is zero where the gradient
-    is not finite.
+    is not finite. With `previous_grads`, the float32 or bfloat16 gradients of the step before, and
+    a `friction`, the update is diffGrad's: of the difference d of both gradients it is multiplied
+    by ``sigmoid(|d|)`` (``"abs"``), ``sigmoid(d)`` (``"signed"``) or ``9 sigmoid(|d| / 2) - 4``
+    (``"wide"``). Gradients that are finite become the previous ones.
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
     number, tensor = _scales(grad_scale)
@@ -187,8 +192,10 @@ def adamw_blockwise_direction(
         block_size,
         tensor,
         found_inf,
+        previous_grads,
+        friction,
     )
-    written(t for tensors in (grads, *states) for t in tensors)
+    written(t for tensors in (grads, *states, previous_grads or []) for t in tensors)
 
 
 def adamw_direction(
@@ -205,6 +212,8 @@ def adamw_direction(
     maximize: bool = False,
     grad_scale: float | torch.Tensor = 1.0,
     found_inf: torch.Tensor | None = None,
+    previous_grads: Tensors | None = None,
+    friction: str | None = None,
 ) -> None:
     """:func:`adamw_blockwise_direction` with float32 moments."""
     number, tensor = _scales(grad_scale)
@@ -222,5 +231,7 @@ def adamw_direction(
         number,
         tensor,
         found_inf,
+        previous_grads,
+        friction,
     )
-    written(t for tensors in (grads, exp_avg, exp_avg_sq) for t in tensors)
+    written(t for tensors in (grads, exp_avg, exp_avg_sq, previous_grads or []) for t in tensors)

@@ -233,28 +233,28 @@ def to_update(
         x.div_(factor)
     if group["maximize"]:
         x.neg_()
-    keep = _kept(gradient, nonfinite)
+    norms = row_norms(x.view(-1, *x.shape[-2:]) if x.dim() >= 2 else x.view(-1))
+    keep = _kept(gradient, norms, nonfinite)
     if keep is not None:
         x.masked_fill_(~keep, 0.0)
     decay = 1.0 - seen ** group["decay_rate"]
     if x.dim() >= 2:
-        _divide_by_factors(x, keep, state, decay, group["eps"][0])
+        mean = _divide_by_factors(x, keep, norms, state, decay, group["eps"][0])
     else:
-        _divide_by_root(x, keep, state, decay, group["eps"][0])
-    if keep is not None:
-        x.nan_to_num_(0.0, 0.0, 0.0)
-    size = rate / (root_mean_square(x) / group["clip_threshold"]).clamp(min=1.0)
+        mean = _divide_by_root(x, keep, state, decay, group["eps"][0])
+    size = rate / (mean / group["clip_threshold"]).clamp(min=1.0)
     if group["beta1"] is None:
         x.mul_(-size)
     else:
         _add_momentum(gradient, keep, state, group, size)
 
 
-def _kept(gradient: Gradient, nonfinite: torch.Tensor) -> torch.Tensor | None:
+def _kept(gradient: Gradient, norms: torch.Tensor, nonfinite: torch.Tensor) -> torch.Tensor | None:
     """Which elements count; None where the host knows that all of them do."""
     x, found_inf = gradient.values, gradient.found_inf
-    # A sum below the limit has no term above it. Reading it makes nobody wait on the CPU.
-    if x.device.type == "cpu" and found_inf is None and float(row_norms(x.view(-1))) < LARGEST:
+    # No element is larger than its row's norm. Reading that makes nobody wait on the CPU.
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and found_inf is None and (not x.numel() or float(norms.max()) < LARGEST):
         return None
     keep = x.abs() < LARGEST
     skipped = ~keep
@@ -266,12 +266,23 @@ def _kept(gradient: Gradient, nonfinite: torch.Tensor) -> torch.Tensor | None:
 
 
 def _divide_by_factors(
-    x: torch.Tensor, keep: torch.Tensor | None, state: State, decay: float, eps: float
-) -> None:
-    """Divides matrices by the roots of the products of their rows' and columns' moments."""
+    x: torch.Tensor,
+    keep: torch.Tensor | None,
+    norms: torch.Tensor,
+    state: State,
+    decay: float,
+    eps: float,
+) -> torch.Tensor:
+    """Divides matrices by the roots of the products of their rows' and columns' moments.
+
+    Returns:
+        The root of the mean square of what comes out.
+    """
     matrices = x.view(-1, *x.shape[-2:])
     rows, columns = (state[name].view(matrices.shape[0], -1) for name in FACTORS)
-    sums = (row_norms(matrices).square(), column_square_sums(matrices))
+    if keep is not None:
+        norms = row_norms(matrices)
+    sums = (norms.square(), column_square_sums(matrices))
     counts: tuple[Any, Any] = (x.shape[-1], x.shape[-2])
     if keep is not None:
         kept = keep.view(matrices.shape)
@@ -280,19 +291,32 @@ def _divide_by_factors(
         _average(moment, total / count + eps, decay, checked=keep is not None)
     mean = row_norms(rows.sqrt()).square() / rows.shape[1]
     relative = rows / mean.clamp(min=SMALLEST).unsqueeze(1)
-    matrices.mul_(relative.clamp_(min=SMALLEST).rsqrt_().unsqueeze(2))
-    matrices.mul_(columns.clamp(min=SMALLEST).rsqrt_().unsqueeze(1))
+    by_row = relative.clamp_(min=SMALLEST).rsqrt_().unsqueeze(2)
+    by_column = columns.clamp(min=SMALLEST).rsqrt_().unsqueeze(1)
+    # Some rows at a time, which stay in a cache for all that is done to them.
+    run = max(1, COLUMN_RUN.get(x.device.type, COLUMN_RUN["cuda"]) // max(matrices.shape[2], 1))
+    parts = (torch.split(t, run, dim=1) for t in (matrices, by_row))
+    squares = []
+    for part, factors in zip(*parts, strict=True):
+        part.mul_(factors).mul_(by_column)
+        if keep is not None:
+            part.nan_to_num_(0.0, 0.0, 0.0)
+        squares.append(row_norms(part))
+    return row_norms(torch.cat(squares, dim=1).view(-1)) / math.sqrt(max(x.numel(), 1))
 
 
 def _divide_by_root(
     x: torch.Tensor, keep: torch.Tensor | None, state: State, decay: float, eps: float
-) -> None:
-    """Divides elements by the roots of their own moments."""
+) -> torch.Tensor:
+    """Divides elements by the roots of their own moments; returns as `_divide_by_factors`."""
     squares = x.square().add_(eps)
     if keep is not None:
         squares = torch.where(keep, squares, math.nan)
     _average(state["exp_avg_sq"], squares, decay, checked=keep is not None)
     x.mul_(state["exp_avg_sq"].clamp(min=SMALLEST).rsqrt_())
+    if keep is not None:
+        x.nan_to_num_(0.0, 0.0, 0.0)
+    return root_mean_square(x)
 
 
 def _average(moment: torch.Tensor, new: torch.Tensor, decay: float, *, checked: bool) -> None:
@@ -312,6 +336,10 @@ def _add_momentum(
     x, beta1 = gradient.values, group["beta1"]
     if not _has_first_moment(state):
         new_moment(state, "exp_avg", x.shape, x.device, group, signed=True)
+    if "exp_avg" in state and keep is None:
+        new = state["exp_avg"].mul_(beta1).add_(x.mul_(size * (1.0 - beta1)))
+        torch.neg(new, out=x)
+        return
     old = _first_moment(state, tuple(x.shape), group)
     new = (old * beta1).add_(x.mul_(size * (1.0 - beta1)))
     torch.neg(new, out=x)

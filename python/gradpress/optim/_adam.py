@@ -134,14 +134,22 @@ def step_parameters(batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor) -> 
         )
 
 
-def step_directions(batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor) -> None:
-    """Turns gradients (float32 `targets`) into Adam's update, minus the learning rate, in place."""
+def step_directions(
+    batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor, friction: str | None = None
+) -> None:
+    """Turns gradients (float32 `targets`) into Adam's update, minus the learning rate, in place.
+
+    With a `friction` the update is diffGrad's, and the states hold a ``previous_grad``.
+    """
     for names, chosen in _by_precision(batch):
         call = kernels.adamw_blockwise_direction if names is CODES else kernels.adamw_direction
+        previous = None if friction is None else [s["previous_grad"] for s in chosen.states]
         call(
             chosen.targets,
             *([s[name] for s in chosen.states] for name in names),
             **_shared(names, chosen, hyper, nonfinite),
+            previous_grads=previous,
+            friction=friction,
         )
 
 

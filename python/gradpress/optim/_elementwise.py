@@ -171,12 +171,19 @@ class ElementwiseOptimizer(BlockwiseOptimizer):
 
 
 def step_adam(
-    grads: list[torch.Tensor], states: list[State], hyper: AdamHyper, nonfinite: torch.Tensor
+    grads: list[torch.Tensor],
+    states: list[State],
+    hyper: AdamHyper,
+    nonfinite: torch.Tensor,
+    friction: str | None = None,
 ) -> None:
-    """Turns gradients of rows into Adam's update without decay, times minus the learning rate."""
+    """Turns gradients of rows into Adam's update without decay, times minus the learning rate.
+
+    With a `friction` the update is diffGrad's, and the states hold a ``previous_grad``.
+    """
     # The rows hold what remains after scale and sign.
     hyper = hyper._replace(maximize=False, grad_scale=1.0)
-    step_directions(Batch(grads, grads, states), hyper, nonfinite)
+    step_directions(Batch(grads, grads, states), hyper, nonfinite, friction)
 
 
 def step_of(state: State) -> int:

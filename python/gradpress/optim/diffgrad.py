@@ -113,46 +113,18 @@ class DiffGrad(ElementwiseOptimizer):
         if group["weight_decay"]:
             for row in rows:
                 row.update.add_(row.weight, alpha=group["weight_decay"])
-        frictions = [_friction(row, group["variant"]) for row in rows]
-        self._step_moments(group, rows, scale)
-        for row, friction in zip(rows, frictions, strict=True):
-            row.update.mul_(friction)
-
-    def _step_moments(self, group: Group, rows: list[Row], scale: Scale) -> None:
         hyper = AdamHyper.of(group, scale)
         counter = self._counter(rows[0].p.device)
         if not group["reference"]:
-            step_adam([r.update for r in rows], [r.state for r in rows], hyper, counter)
+            self._step_together(group, rows, hyper, counter)
             return
         for step in sorted({step_of(row.state) for row in rows}):
             together = [row for row in rows if step_of(row.state) == step]
             eps = hyper.eps / math.sqrt(1 - hyper.beta2**step)
-            step_adam(
-                [row.update for row in together],
-                [row.state for row in together],
-                hyper._replace(eps=eps),
-                counter,
-            )
+            self._step_together(group, together, hyper._replace(eps=eps), counter)
 
-
-def _friction(row: Row, variant: str) -> torch.Tensor:
-    """The factor on each element's step; the gradient becomes the earlier one."""
-    previous: torch.Tensor = row.state["previous_grad"]
-    difference = previous - row.update
-    if row.keep is None:
-        previous.copy_(row.update)
-    else:
-        previous.copy_(torch.where(row.keep, row.update, previous))
-    if variant == "signed":
-        return _sigmoid_(difference)
-    if variant == "abs":
-        return _sigmoid_(difference.abs_())
-    return _sigmoid_(difference.abs_().mul_(0.5)).mul_(9).sub_(4)
-
-
-def _sigmoid_(x: torch.Tensor) -> torch.Tensor:
-    """The logistic function, in place.
-
-    PyTorch's own rounds the last elements of every thread's part otherwise than the others.
-    """
-    return x.neg_().exp_().add_(1).reciprocal_()
+    def _step_together(
+        self, group: Group, rows: list[Row], hyper: AdamHyper, counter: torch.Tensor
+    ) -> None:
+        updates, states = [row.update for row in rows], [row.state for row in rows]
+        step_adam(updates, states, hyper, counter, friction=group["variant"])
