@@ -19,7 +19,9 @@ mod _core {
     #[pymodule_export]
     use crate::lowrank::{
         project, project_back_add, project_back_requantize, project_back_requantize_workspace,
-        project_workspace, refresh_basis, refresh_basis_workspace, svd, svd_workspace,
+        project_factors, project_factors_workspace, project_workspace, refresh_basis,
+        refresh_basis_factors, refresh_basis_factors_workspace, refresh_basis_workspace, svd,
+        svd_workspace,
     };
     #[pymodule_export]
     use crate::optim::{

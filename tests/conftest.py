@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, settings
 
 from gradpress.ops import runtime
 
+# What the tests compute is small: threads would only wait for each other, and for other processes.
+torch.set_num_threads(1)
+
 settings.register_profile(
     "fast",
     max_examples=25,

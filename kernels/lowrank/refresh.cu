@@ -51,12 +51,12 @@ __device__ __forceinline__ double sum_partials(const double* partial, int parts)
 
 enum Mode { COLD, WARM, SVD };
 
-// Begins a refresh from the partial sums of square_norm: writes all of `flags` and `numbers`. For
-// an SVD a matrix of zeros is one like others. One block.
+// Begins a refresh from the partial sums of square_norm, `share` of which is the squared norm:
+// writes all of `flags` and `numbers`. For an SVD a matrix of zeros is one like others. One block.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    refresh_begin(const double* __restrict__ partial, int parts, int mode, int* flags,
+    refresh_begin(const double* __restrict__ partial, int parts, int mode, float share, int* flags,
                   double* numbers) {
-    const double square = sum_partials(partial, parts);
+    const double square = double(share) * sum_partials(partial, parts);
     const double nan = __longlong_as_double(0x7ff8'0000'0000'0000);
     if (threadIdx.x < 32) numbers[threadIdx.x] = 0.0;
     if (threadIdx.x < 8) flags[threadIdx.x] = 0;

@@ -20,10 +20,14 @@ __all__ = [
     "project_back_add",
     "project_back_requantize",
     "project_back_requantize_workspace",
+    "project_factors",
+    "project_factors_workspace",
     "project_workspace",
     "quantize_blockwise",
     "quantize_dynamic",
     "refresh_basis",
+    "refresh_basis_factors",
+    "refresh_basis_factors_workspace",
     "refresh_basis_workspace",
     "round_bf16_stochastic",
     "set_emulator",
@@ -270,6 +274,34 @@ def project_back_requantize_workspace(
     weight; dense updates take none.
     """
 
+def project_factors(
+    grad_outputs: SupportsGetItem[int, Any],
+    inputs: SupportsGetItem[int, Any],
+    bases: SupportsGetItem[int, Any],
+    outs: SupportsGetItem[int, Any],
+    basis_grids: tuple[
+        SupportsGetItem[int, Any], SupportsGetItem[int, Any], SupportsIndex, SupportsIndex
+    ]
+    | None = None,
+    workspace: Any | None = None,
+) -> None:
+    """
+    `project` of gradients that are products, ``grad_outputs.T @ inputs``, and never formed.
+
+    `grad_outputs` (`[tokens, m]`) and `inputs` (`[tokens, n]`) have one dtype. For m >= n an output
+    is `grad_outputs.T @ (inputs @ basis)`; otherwise `(grad_outputs @ basis).T @ inputs`.
+    `workspace` (uint8) has the size of `project_factors_workspace` on devices.
+    """
+
+def project_factors_workspace(
+    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex, SupportsIndex]],
+    plain: bool,
+) -> int:
+    """
+    Bytes of workspace that `project_factors` takes on a device, for tokens, rows, columns and rank of
+    each gradient; `plain` where factors are float32.
+    """
+
 def project_workspace(
     shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex]], plain: bool
 ) -> int:
@@ -336,6 +368,33 @@ def refresh_basis(
     because of NaN or infinite values), the cosine of the leading directions before and after, and
     the share of the squared norm captured. `workspace` (uint8) has the size of
     `refresh_basis_workspace` on devices.
+    """
+
+def refresh_basis_factors(
+    grad_outputs: SupportsGetItem[int, Any],
+    inputs: SupportsGetItem[int, Any],
+    bases: SupportsGetItem[int, Any],
+    vectors: SupportsGetItem[int, Any],
+    outcomes: Any,
+    warm: SupportsGetItem[int, bool],
+    seed: SupportsIndex,
+    tensor_ids: SupportsGetItem[int, SupportsIndex],
+    steps: SupportsGetItem[int, SupportsIndex],
+    workspace: Any | None = None,
+) -> None:
+    """
+    `refresh_basis` of gradients that are products, ``grad_outputs.T @ inputs``, and never formed.
+
+    `grad_outputs` (`[tokens, m]`) and `inputs` (`[tokens, n]`) have one dtype. `workspace` (uint8)
+    has the size of `refresh_basis_factors_workspace` on devices.
+    """
+
+def refresh_basis_factors_workspace(
+    shapes: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex, SupportsIndex]],
+) -> int:
+    """
+    Bytes of workspace that `refresh_basis_factors` takes on a device, for tokens, rows, columns and
+    rank of each gradient.
     """
 
 def refresh_basis_workspace(

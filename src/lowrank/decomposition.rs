@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 use super::refresh::Status;
+use super::source::Source;
 use super::{Side, check_workspace, cuda, floats, range};
 use crate::cpu::product::Matrix;
 use crate::cpu::threads::Threads;
@@ -103,7 +104,7 @@ fn svd_on_cpu(args: &mut Svd, threads: Threads) -> Result<()> {
     let a = Matrix::rows(&values, rows, columns);
     let a = if side == Side::Right { a } else { a.transposed() };
     let width = rank.saturating_add(*oversample).min(rows.min(columns));
-    let Some((squares, right, left)) = find(threads, a, width, *n_iter, *key) else {
+    let Some((squares, right, left)) = find(threads, Source::Dense(a), width, *n_iter, *key) else {
         return Ok(());
     };
     // SAFETY: contiguous float32 on the CPU; they overlap nothing.
@@ -128,7 +129,7 @@ fn svd_on_cpu(args: &mut Svd, threads: Threads) -> Result<()> {
 /// Squared singular values of an upright matrix, right and left vectors.
 fn find(
     threads: Threads,
-    a: Matrix<'_>,
+    a: Source<'_>,
     width: usize,
     n_iter: usize,
     key: Key,

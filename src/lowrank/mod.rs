@@ -4,30 +4,34 @@ mod back;
 mod bases;
 pub mod cuda;
 mod decomposition;
+mod factors;
 mod orthonormal;
 mod projection;
 mod range;
 mod refresh;
+mod search;
+mod source;
 mod workspace;
 
 pub use back::{project_back_add, project_back_requantize};
 pub use decomposition::svd;
+pub use factors::project_factors;
+pub use search::{refresh_basis, refresh_basis_factors};
 pub use workspace::{
-    project_back_requantize_workspace, project_workspace, refresh_basis_workspace, svd_workspace,
+    project_back_requantize_workspace, project_factors_workspace, project_workspace,
+    refresh_basis_factors_workspace, refresh_basis_workspace, svd_workspace,
 };
 
 use pyo3::prelude::*;
 
-use crate::cpu::product::Matrix;
-use crate::cpu::threads::Threads;
 use crate::dispatch::dispatch;
 use crate::error::{Error, Name, Result};
 use crate::quant::one_device;
-use crate::rng::{Key, Stream};
 use crate::tensor::{Arg, Check, DType, Floats, TensorView, TensorViewMut};
-use bases::{Bases, Grids, check_basis};
+use bases::{Bases, Grids};
 use decomposition::Svd;
 use projection::Projection;
+use search::Refresh;
 
 /// On which side of the gradient the projector stands: that of the shorter dimension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,111 +141,4 @@ pub fn project(
     };
     let args = Project { grads, bases, outs, workspace, shapes };
     dispatch(py, OP, device, args, cpu, cuda::project)
-}
-
-/// The arguments of a refresh.
-pub struct Refresh {
-    grads: Vec<TensorView>,
-    bases: Vec<TensorViewMut>,
-    vectors: Vec<TensorViewMut>,
-    outcomes: TensorViewMut,
-    workspace: Option<TensorViewMut>,
-    warm: Vec<bool>,
-    keys: Vec<Key>,
-    /// Rows, columns, rank.
-    shapes: Vec<(usize, usize, usize)>,
-}
-
-/// Finds the projectors of gradients anew.
-///
-/// `bases` (`[min(m, n), rank]`, float32) and `vectors` (`[min(m, n)]`, the leading direction) are
-/// read where `warm` says that they hold an earlier basis, and written. So is a row of `outcomes`
-/// (`[gradients, 3]`, float64) for each gradient: a status (0 refreshed, 1 zero gradient, 2 kept
-/// because of NaN or infinite values), the cosine of the leading directions before and after, and
-/// the share of the squared norm captured. `workspace` (uint8) has the size of
-/// `refresh_basis_workspace` on devices.
-#[pyfunction]
-#[pyo3(signature = (
-    grads, bases, vectors, outcomes, warm, seed, tensor_ids, steps, workspace=None
-))]
-#[allow(clippy::too_many_arguments)]
-pub fn refresh_basis(
-    py: Python<'_>,
-    grads: Vec<Arg>,
-    bases: Vec<Arg>,
-    vectors: Vec<Arg>,
-    outcomes: Arg,
-    warm: Vec<bool>,
-    seed: u64,
-    tensor_ids: Vec<u32>,
-    steps: Vec<u32>,
-    workspace: Option<Arg>,
-) -> PyResult<()> {
-    const OP: &str = "refresh_basis";
-    let check = Check { op: OP };
-    let grads = check.inputs("grads", grads)?;
-    let (bases, vectors) = (check.outputs("bases", bases)?, check.outputs("vectors", vectors)?);
-    let outcomes = check.output("outcomes", outcomes)?;
-    let workspace = check_workspace(check, workspace)?;
-    for (name, got) in [
-        ("bases", bases.len()),
-        ("vectors", vectors.len()),
-        ("warm", warm.len()),
-        ("tensor_ids", tensor_ids.len()),
-        ("steps", steps.len()),
-    ] {
-        check.length(name, got, "grads", grads.len())?;
-    }
-    check.dtype("outcomes", &outcomes, DType::F64)?;
-    check.shape("outcomes", &outcomes, &[grads.len(), 3])?;
-    let mut shapes = Vec::with_capacity(grads.len());
-    for (i, grad) in grads.iter().enumerate() {
-        check.float(("grads", i), grad)?;
-        check.contiguous(("grads", i), grad)?;
-        let (rows, columns) = check.matrix(("grads", i), grad)?;
-        let rank = check_basis(check, i, &bases[i], rows, columns)?;
-        check.dtype(("vectors", i), &vectors[i], DType::F32)?;
-        check.shape(("vectors", i), &vectors[i], &[rows.min(columns)])?;
-        shapes.push((rows, columns, rank));
-    }
-    let device = {
-        let mut written: Vec<_> = named("bases", &bases).collect();
-        written.extend(named("vectors", &vectors));
-        written.push(("outcomes".into(), &outcomes));
-        written.extend(workspace.iter().map(|view| ("workspace".into(), view)));
-        one_device(check, &written, &named("grads", &grads).collect::<Vec<_>>())?
-    };
-    let key = |(id, step)| Key::new(seed, Stream::Sketch, id, step);
-    let keys = tensor_ids.into_iter().zip(steps).map(key).collect();
-    let args = Refresh { grads, bases, vectors, outcomes, workspace, warm, keys, shapes };
-    dispatch(py, OP, device, args, refresh_on_cpu, cuda::refresh)
-}
-
-fn refresh_on_cpu(args: &mut Refresh, threads: Threads) -> Result<()> {
-    let Refresh { grads, bases, vectors, outcomes, warm, keys, shapes, .. } = args;
-    // SAFETY: contiguous float64 on the CPU, which overlaps nothing.
-    let outcomes = unsafe { outcomes.as_mut_slice::<f64>() };
-    let rows_of = outcomes.as_chunks_mut::<3>().0;
-    for (i, (basis, vector)) in bases.iter_mut().zip(vectors).enumerate() {
-        let (rows, columns, _) = shapes[i];
-        // SAFETY: contiguous float32 on the CPU; they overlap nothing.
-        let (basis, vector) =
-            unsafe { (basis.as_mut_slice::<f32>(), vector.as_mut_slice::<f32>()) };
-        let mut wide = Vec::new();
-        let grad = match floats("refresh_basis", &grads[i])? {
-            Floats::F32(grad) => grad,
-            narrow => {
-                wide.resize(rows * columns, 0.0);
-                narrow.widen(0, &mut wide);
-                &wide
-            }
-        };
-        let square = refresh::square_norm(threads, grad);
-        let a = Matrix::rows(grad, rows, columns);
-        let a = if Side::of(rows, columns) == Side::Right { a } else { a.transposed() };
-        let outcome = refresh::refresh(threads, a, square, basis, vector, warm[i], keys[i]);
-        let refresh::Outcome { status, cosine, energy } = outcome;
-        rows_of[i] = [f64::from(status as u8), f64::from(cosine), energy];
-    }
-    Ok(())
 }

@@ -5,7 +5,8 @@ use super::orthonormal::{
     Goal, canonical_signs, dependent_columns, eigen, gram, normalize_columns, orthonormalize,
     scale_columns,
 };
-use crate::cpu::product::{Matrix, multiply};
+use super::source::{Source, product};
+use crate::cpu::product::Matrix;
 use crate::cpu::threads::Threads;
 use crate::rng::{Key, fill_dithers};
 
@@ -19,13 +20,6 @@ fn random(key: Key, count: usize) -> Vec<f32> {
     fill_dithers(key, 0, &mut dithers);
     let unit = 12f32.sqrt() / 65_536.0;
     dithers.into_iter().map(|d| (f32::from(d) - 32_767.5) * unit).collect()
-}
-
-/// The product in a new matrix.
-pub fn product(threads: Threads, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    let mut out = vec![0f32; a.row_count() * b.column_count()];
-    multiply(threads, a, b, &mut out);
-    out
 }
 
 /// Orthonormal columns that span those of `y`; a column that depends on those before it gives way to
@@ -71,7 +65,7 @@ pub struct Subspace {
 /// Finds the leading right singular subspace of `a` from a random sketch.
 pub fn cold(
     threads: Threads,
-    a: Matrix<'_>,
+    a: Source<'_>,
     columns: usize,
     power_iterations: usize,
     key: Key,
@@ -87,22 +81,22 @@ pub fn cold(
 }
 
 /// A random combination of the rows of `a`, for each of `columns` columns.
-fn sketch(threads: Threads, a: Matrix<'_>, columns: usize, key: Key) -> Vec<f32> {
+fn sketch(threads: Threads, a: Source<'_>, columns: usize, key: Key) -> Vec<f32> {
     let rows = a.row_count();
     let random = random(key, rows * columns);
-    product(threads, a.transposed(), Matrix::rows(&random, rows, columns))
+    a.transposed().times(threads, Matrix::rows(&random, rows, columns))
 }
 
 /// `a^T a z` up to a power of two, which keeps the products of tiny and of huge matrices in the
 /// range of float32.
-fn two_sided(threads: Threads, a: Matrix<'_>, z: &[f32], columns: usize) -> Vec<f32> {
-    let mut y = product(threads, a, Matrix::rows(z, a.column_count(), columns));
+fn two_sided(threads: Threads, a: Source<'_>, z: &[f32], columns: usize) -> Vec<f32> {
+    let mut y = a.times(threads, Matrix::rows(z, a.column_count(), columns));
     let largest = y.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
     let largest = f32::from_bits(largest);
     let exponent = if largest.is_normal() { largest.log2().floor() as i32 } else { 0 };
     let inverse = 2f64.powi(-exponent);
     y.iter_mut().for_each(|v| *v = (f64::from(*v) * inverse) as f32);
-    product(threads, a.transposed(), Matrix::rows(&y, a.row_count(), columns))
+    a.transposed().times(threads, Matrix::rows(&y, a.row_count(), columns))
 }
 
 /// Turns a basis to the singular directions inside it, the leading ones first.
@@ -111,12 +105,12 @@ fn two_sided(threads: Threads, a: Matrix<'_>, z: &[f32], columns: usize) -> Vec<
 /// `a * directions`.
 pub fn rotate(
     threads: Threads,
-    a: Matrix<'_>,
+    a: Source<'_>,
     subspace: &Subspace,
 ) -> Option<(Vec<f64>, Vec<f32>, Vec<f32>)> {
     let columns = subspace.columns;
     let basis = Matrix::rows(&subspace.basis, a.column_count(), columns);
-    let image = product(threads, a, basis);
+    let image = a.times(threads, basis);
     let (squares, rotation) = eigen(gram(threads, &image, columns).as_ref())?;
     let rotation = Matrix::rows(&rotation, columns, columns);
     let mut directions = product(threads, basis, rotation);
@@ -128,7 +122,7 @@ pub fn rotate(
 
 /// The leading right singular directions of `a` from nothing: a random sketch, then one step of
 /// subspace iteration on its range. `columns` directions, as [`warm`] returns them.
-pub fn fresh(threads: Threads, a: Matrix<'_>, columns: usize, key: Key) -> Option<Vec<f32>> {
+pub fn fresh(threads: Threads, a: Source<'_>, columns: usize, key: Key) -> Option<Vec<f32>> {
     let range = basis(threads, sketch(threads, a, columns, key), columns, Goal::Rough, key)?;
     if let Some(found) = warm(threads, a, &range, columns) {
         return Some(found);
@@ -163,7 +157,7 @@ pub fn start_basis(
 /// One step of subspace iteration from an earlier basis of `columns` directions.
 ///
 /// Returns the directions in decreasing order of what they capture.
-pub fn warm(threads: Threads, a: Matrix<'_>, earlier: &[f32], columns: usize) -> Option<Vec<f32>> {
+pub fn warm(threads: Threads, a: Source<'_>, earlier: &[f32], columns: usize) -> Option<Vec<f32>> {
     let mut z = two_sided(threads, a, earlier, columns);
     let factor = orthonormalize(threads, &mut z, columns, Goal::Exact)?;
     let (_, rotation) = eigen((&factor * factor.transpose()).as_ref())?;

@@ -1,6 +1,7 @@
 //! The projector of a gradient, found anew.
 
-use super::range::{fresh, product, start_basis, warm};
+use super::range::{fresh, start_basis, warm};
+use super::source::{Source, product};
 use crate::cpu::product::Matrix;
 use crate::cpu::threads::Threads;
 use crate::multiversion;
@@ -27,6 +28,30 @@ pub enum Status {
     Kept = 2,
 }
 
+/// How large a matrix is.
+pub struct Size {
+    pub square_norm: f64,
+    /// The signs `[columns, PROBES]` that the norm of a product was measured with.
+    signs: Option<Vec<f32>>,
+}
+
+impl Size {
+    /// Of a contiguous matrix, summed in an order that does not depend on the number of threads.
+    pub fn of_elements(threads: Threads, x: &[f32]) -> Self {
+        let tasks: Vec<&[f32]> = x.chunks(SQUARES).collect();
+        let sums = threads.map(x.len(), tasks, sum_of_squares);
+        Self { square_norm: sums.into_iter().sum(), signs: None }
+    }
+
+    /// Of a product, from a few random combinations of its columns.
+    pub fn of_product(threads: Threads, a: Source<'_>, key: Key) -> Self {
+        let columns = a.column_count();
+        let signs = signs(columns, key);
+        let images = a.times(threads, Matrix::rows(&signs, columns, PROBES));
+        Self { square_norm: sum_of_squares(&images) / PROBES as f64, signs: Some(signs) }
+    }
+}
+
 pub struct Outcome {
     pub status: Status,
     /// Of the leading directions before and after; NaN where there was none before.
@@ -42,8 +67,8 @@ pub struct Outcome {
 /// one starts. Never fails: whatever the gradient holds, a usable basis remains.
 pub fn refresh(
     threads: Threads,
-    a: Matrix<'_>,
-    square_norm: f64,
+    a: Source<'_>,
+    size: &Size,
     basis: &mut [f32],
     vector: &mut [f32],
     warm_start: bool,
@@ -51,9 +76,9 @@ pub fn refresh(
 ) -> Outcome {
     let rank = basis.len() / vector.len().max(1);
     let kept = |status| Outcome { status, cosine: f32::NAN, energy: f64::NAN };
-    let found = if !square_norm.is_finite() {
+    let found = if !size.square_norm.is_finite() {
         Err(Status::Kept)
-    } else if square_norm == 0.0 {
+    } else if size.square_norm == 0.0 {
         Err(Status::Zero)
     } else {
         find(threads, a, basis, rank, warm_start, key).ok_or(Status::Kept)
@@ -76,9 +101,9 @@ pub fn refresh(
         new += f64::from(now) * f64::from(now);
         *before = now;
     }
-    let captured = captured(threads, a, basis, rank, key);
+    let captured = captured(threads, a, size, basis, rank, key);
     let cosine = if warm_start { (dot / (old * new).sqrt()) as f32 } else { f32::NAN };
-    Outcome { status: Status::Refreshed, cosine, energy: (captured / square_norm).min(1.0) }
+    Outcome { status: Status::Refreshed, cosine, energy: (captured / size.square_norm).min(1.0) }
 }
 
 #[inline(always)]
@@ -98,15 +123,9 @@ multiversion! {
     fn sum_of_squares(x: &[f32]) -> f64 = sum_of_squares_kernel
 }
 
-/// The squared Frobenius norm, summed in an order that does not depend on the number of threads.
-pub fn square_norm(threads: Threads, x: &[f32]) -> f64 {
-    let tasks: Vec<&[f32]> = x.chunks(SQUARES).collect();
-    threads.map(x.len(), tasks, sum_of_squares).into_iter().sum()
-}
-
 fn find(
     threads: Threads,
-    a: Matrix<'_>,
+    a: Source<'_>,
     basis: &[f32],
     rank: usize,
     warm_start: bool,
@@ -128,15 +147,31 @@ fn find(
     fresh(threads, a, width, key).map(leading)
 }
 
+/// Columns of random signs.
+fn signs(rows: usize, key: Key) -> Vec<f32> {
+    (0..rows * PROBES).map(|i| if key.words(i as u64)[0] & 1 == 0 { 1.0 } else { -1.0 }).collect()
+}
+
 /// The squared norm of `a * basis`: the mean of that of `a * basis * s` over vectors `s` of random
 /// signs (Hutchinson 1990), which costs a few products with vectors where `a * basis` costs `rank`.
-fn captured(threads: Threads, a: Matrix<'_>, basis: &[f32], rank: usize, key: Key) -> f64 {
-    let signs: Vec<f32> = (0..rank * PROBES)
-        .map(|i| if key.words(i as u64)[0] & 1 == 0 { 1.0 } else { -1.0 })
-        .collect();
-    let basis = Matrix::rows(basis, a.column_count(), rank);
-    let sums = product(threads, basis, Matrix::rows(&signs, rank, PROBES));
-    let images = product(threads, a, Matrix::rows(&sums, a.column_count(), PROBES));
+/// Where the norm of `a` was measured with signs, their parts in the subspace are taken: what both
+/// measures are off by is then nearly the same.
+fn captured(
+    threads: Threads,
+    a: Source<'_>,
+    size: &Size,
+    basis: &[f32],
+    rank: usize,
+    key: Key,
+) -> f64 {
+    let columns = a.column_count();
+    let basis = Matrix::rows(basis, columns, rank);
+    let coefficients = match &size.signs {
+        Some(signs) => product(threads, basis.transposed(), Matrix::rows(signs, columns, PROBES)),
+        None => signs(rank, key),
+    };
+    let sums = product(threads, basis, Matrix::rows(&coefficients, rank, PROBES));
+    let images = a.times(threads, Matrix::rows(&sums, columns, PROBES));
     sum_of_squares(&images) / PROBES as f64
 }
 

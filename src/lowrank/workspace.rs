@@ -15,6 +15,10 @@ fn has_rank((rows, columns, rank): (usize, usize, usize)) -> bool {
     exists(rows, columns) && rank >= 1 && rank <= rows.min(columns)
 }
 
+fn is_product((tokens, rows, columns, rank): (usize, usize, usize, usize)) -> bool {
+    exists(tokens, rows.max(columns)) && has_rank((rows, columns, rank))
+}
+
 /// Bytes of workspace that `project` takes on a device, for rows, columns and rank of each gradient;
 /// `plain` where some gradient is float32, and so are the bases.
 #[pyfunction]
@@ -27,6 +31,28 @@ pub fn project_workspace(shapes: Vec<(usize, usize, usize)>, plain: bool) -> usi
 #[pyfunction]
 pub fn refresh_basis_workspace(shapes: Vec<(usize, usize, usize)>) -> usize {
     if shapes.iter().copied().all(has_rank) { cuda::refresh_workspace(&shapes) } else { 0 }
+}
+
+/// Bytes of workspace that `project_factors` takes on a device, for tokens, rows, columns and rank of
+/// each gradient; `plain` where factors are float32.
+#[pyfunction]
+pub fn project_factors_workspace(shapes: Vec<(usize, usize, usize, usize)>, plain: bool) -> usize {
+    if shapes.iter().copied().all(is_product) {
+        cuda::project_factors_workspace(&shapes, plain)
+    } else {
+        0
+    }
+}
+
+/// Bytes of workspace that `refresh_basis_factors` takes on a device, for tokens, rows, columns and
+/// rank of each gradient.
+#[pyfunction]
+pub fn refresh_basis_factors_workspace(shapes: Vec<(usize, usize, usize, usize)>) -> usize {
+    if shapes.iter().copied().all(is_product) {
+        cuda::refresh_factors_workspace(&shapes)
+    } else {
+        0
+    }
 }
 
 /// Bytes of workspace that `svd` takes on a device.

@@ -2,7 +2,7 @@
 
 import torch
 
-from gradpress.ops import dynamic, lowrank, optim, quant
+from gradpress.ops import dynamic, linear, lowrank, optim, quant
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
@@ -218,13 +218,20 @@ def plain_dequantize(*parts, shape, dtype=torch.float32, **layout):
     return quant.dequantize_blockwise(*parts, shape=shape, dtype=name, **layout).to(dtype)
 
 
-def plain_linear(x, codes, scale, zero_point, bias, **layout):
-    weight = plain_dequantize(codes, scale, zero_point, dtype=x.dtype, **layout)
-    return torch.nn.functional.linear(x, weight, bias)
+def _weight(codes, scale, zero_point, kwargs):
+    return linear.Codes(codes, scale, zero_point, tuple(kwargs["shape"]), *_layout(kwargs))
 
 
-def plain_input_grad(grad, *parts, **layout):
-    return grad @ plain_dequantize(*parts, dtype=grad.dtype, **layout)
+def _layout(kwargs):
+    return kwargs.get("bits", 8), kwargs.get("group_size", 256)
+
+
+def plain_linear(x, codes, scale, zero_point, bias, **kwargs):
+    return linear.linear_blockwise(x, _weight(codes, scale, zero_point, kwargs), bias)
+
+
+def plain_input_grad(grad, codes, scale, zero_point, **kwargs):
+    return linear.linear_blockwise_input_grad(grad, _weight(codes, scale, zero_point, kwargs))
 
 
 def plain_dynamic(x, **kwargs):

@@ -256,7 +256,10 @@ def test_linear_blockwise_has_the_gradients_of_the_dense_product(dtype):
         y.backward(values(4, 3, 6, dtype=dtype, seed=5))
         results.append((y, x.grad, b.grad))
     assert same(results[0], results[1])
-    assert same(results[0], results[2])
+    # bfloat16 is multiplied in float32 and rounded once; PyTorch rounds somewhere on its way.
+    rtol = 2.0**-6 if dtype == torch.bfloat16 else 1e-5
+    for mine, dense in zip(results[0], results[2], strict=True):
+        torch.testing.assert_close(mine, dense, rtol=rtol, atol=rtol)
 
 
 class Network(nn.Module):

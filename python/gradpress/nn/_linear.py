@@ -8,17 +8,31 @@ import torch
 import torch.nn.functional as F
 
 from gradpress.nn import _traced
+from gradpress.nn._receivers import collector_of
 from gradpress.nn._weight import FUNCTIONS, QuantizedWeight
+from gradpress.ops import linear as kernels
+
+
+def _codes(weight: QuantizedWeight) -> kernels.Codes:
+    rows, columns = weight.shape
+    layout = (rows, columns), weight.bits, weight.group_size
+    return kernels.Codes(weight.codes, weight.scale, weight.zero_point, *layout)
+
+
+def _product(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    if _traced.is_traced(weight.codes):
+        return _traced.linear(x, weight, bias)
+    return kernels.linear_blockwise(x, _codes(weight), bias)
 
 
 def _input_grad(grad: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     if _traced.is_traced(weight.codes):
         return _traced.linear_input_grad(grad, weight)
-    return grad @ weight.dequantize(grad.dtype)
+    return kernels.linear_blockwise_input_grad(grad, _codes(weight))
 
 
 class _Linear(torch.autograd.Function):
-    """``x @ weight.T + bias`` with the weight dequantized for the products and then dropped."""
+    """``x @ weight.T + bias`` with a part of the weight dequantized at a time."""
 
     @staticmethod
     def forward(
@@ -26,9 +40,9 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        if _traced.is_traced(weight.codes):
-            return _traced.linear(x, weight, bias)
-        return F.linear(x, weight.dequantize(x.dtype), bias)
+        # Here, since checkpointing hands a copy of the weight to the backward pass.
+        ctx.collect = None if _traced.is_traced(weight.codes) else collector_of(weight)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -39,7 +53,11 @@ class _Linear(torch.autograd.Function):
             grad_x = _input_grad(grad, weight)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
-            grad_weight = (flat.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            flat_x = x.reshape(-1, x.shape[-1])
+            if ctx.collect is not None:
+                ctx.collect(flat, flat_x)
+            else:
+                grad_weight = (flat.T @ flat_x).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = flat.sum(0)
         return grad_x, grad_weight, grad_bias

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 
 from gradpress import _core
-from gradpress.ops import dynamic, quant
+from gradpress.ops import dynamic, linear, quant
 from gradpress.ops._arrays import contiguous, new_counter
 from gradpress.ops._library import LIBRARY, NAMESPACE, define, unsigned
+from gradpress.ops.linear import Codes
 
 Tensor = torch.Tensor
 
@@ -122,9 +122,8 @@ def _linear_blockwise(
     bits: int = 8,
     group_size: int = 256,
 ) -> Tensor:
-    grid = {"bits": bits, "group_size": group_size}
-    weight = _dequantize_blockwise(codes, scale, zero_point, shape=shape, dtype=x.dtype, **grid)
-    return F.linear(x, weight, bias)
+    weight = Codes(codes, scale, zero_point, (shape[0], shape[1]), bits, group_size)
+    return linear.linear_blockwise(x, weight, bias)
 
 
 def _linear_blockwise_fake(
@@ -137,7 +136,7 @@ def _linear_blockwise_fake(
     shape: Sequence[int],
     **_: Any,
 ) -> Tensor:
-    return F.linear(x, x.new_empty(shape), bias)
+    return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 # The weight is dequantized inside the operators: where compilers see its values in both passes,
@@ -160,9 +159,8 @@ def _linear_blockwise_input_grad(
     bits: int = 8,
     group_size: int = 256,
 ) -> Tensor:
-    grid = {"bits": bits, "group_size": group_size}
-    weight = _dequantize_blockwise(codes, scale, zero_point, shape=shape, dtype=grad.dtype, **grid)
-    return grad @ weight
+    weight = Codes(codes, scale, zero_point, (shape[0], shape[1]), bits, group_size)
+    return linear.linear_blockwise_input_grad(grad, weight)
 
 
 def _linear_blockwise_input_grad_fake(
@@ -174,7 +172,7 @@ def _linear_blockwise_input_grad_fake(
     shape: Sequence[int],
     **_: Any,
 ) -> Tensor:
-    return grad @ grad.new_empty(shape)
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
 
 
 define(

@@ -256,6 +256,77 @@ def refresh_basis(
     return [Refresh(int(status), *rest) for status, *rest in outcomes.tolist()]
 
 
+def project_factors(
+    grad_outputs: Tensors, inputs: Tensors, bases: Tensors | PackedBases, outs: Tensors
+) -> None:
+    """:func:`project` of gradients ``grad_output.T @ input`` that are never formed.
+
+    ``grad_output.T @ (input @ basis)`` or ``(grad_output @ basis).T @ input``: two thin products in
+    place of a full one and a thin one.
+
+    Args:
+        grad_outputs: ``[tokens, m]`` each; float32, float16 or bfloat16, contiguous.
+        inputs: ``[tokens, n]`` each, of the same dtype, contiguous.
+        bases: ``[min(m, n), rank]`` each, float32 or packed.
+        outs: Written: float32, ``[m, rank]`` for m >= n, ``[rank, n]`` otherwise.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing is written.
+    """
+    space = None
+    if inputs and all(t.ndim == 2 for t in (*grad_outputs, *inputs, *outs)):
+        shapes = [
+            (x.shape[0], dy.shape[1], x.shape[1], out.shape[dy.shape[1] >= x.shape[1]])
+            for dy, x, out in zip(grad_outputs, inputs, outs, strict=False)
+        ]
+        plain = any(x.dtype == torch.float32 for x in inputs)
+        space = workspace(inputs[0], lambda: _core.project_factors_workspace(shapes, plain))
+    values, grids = _split(bases)
+    _core.project_factors(grad_outputs, inputs, values, outs, grids, space)
+    written(outs)
+
+
+def refresh_basis_factors(
+    grad_outputs: Tensors,
+    inputs: Tensors,
+    bases: Tensors,
+    vectors: Tensors,
+    *,
+    warm: Sequence[bool],
+    seed: int,
+    tensor_ids: Sequence[int],
+    steps: Sequence[int],
+) -> list[Refresh]:
+    """:func:`refresh_basis` of gradients ``grad_output.T @ input`` that are never formed.
+
+    The same search, to rounding, with each product made in two steps. The energy is measured with
+    four random vectors on both sides of the ratio.
+
+    Args:
+        grad_outputs: ``[tokens, m]`` each; float32, float16 or bfloat16, contiguous.
+        inputs: ``[tokens, n]`` each, of the same dtype, contiguous.
+        bases: ``[min(m, n), rank]`` each, float32; read where `warm`, written.
+        vectors: ``[min(m, n)]`` each, float32: the leading direction; read where `warm`, written.
+        warm: Whether `bases` and `vectors` hold an earlier result.
+        seed: Key of the sketch, with `tensor_ids` and `steps`.
+        tensor_ids: One for each gradient.
+        steps: One for each gradient.
+    """
+    if not inputs:
+        return []
+    outcomes = torch.empty(len(inputs), 3, dtype=torch.float64, device=inputs[0].device)
+    space = None
+    if all(t.ndim == 2 for t in (*grad_outputs, *inputs, *bases)):
+        triples = zip(grad_outputs, inputs, bases, strict=False)
+        shapes = [(x.shape[0], dy.shape[1], x.shape[1], b.shape[1]) for dy, x, b in triples]
+        space = workspace(inputs[0], lambda: _core.refresh_basis_factors_workspace(shapes))
+    _core.refresh_basis_factors(
+        grad_outputs, inputs, bases, vectors, outcomes, warm, seed, tensor_ids, steps, space
+    )
+    written(t for tensors in (bases, vectors) for t in tensors)
+    return [Refresh(int(status), *rest) for status, *rest in outcomes.tolist()]
+
+
 def svd(x: Array, *, rank: int, n_iter: int, oversample: int, seed: int) -> tuple[Array, ...]:
     """Randomized SVD; see :func:`gradpress.lowrank.svd`."""
     op = "svd"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -15,6 +15,9 @@ from gradpress.optim._scaling import OpenStep, Scale, stays_on_device
 from gradpress.optim._sharded import Shard, is_sharded
 from gradpress.optim._sharded_state import local_state
 from gradpress.optim._stand_ins import StandIns, step_sharded
+
+if TYPE_CHECKING:
+    from gradpress.optim._offload import Offload
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -100,7 +103,7 @@ class LowBitOptimizer(ReportingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._settle()
-        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        found_inf, grad_scale = self._told_by_scaler()
         if stays_on_device(found_inf):
             scale = Scale(1.0, grad_scale, found_inf)
         elif found_inf is not None and found_inf.item():
@@ -110,23 +113,54 @@ class LowBitOptimizer(ReportingOptimizer):
         stepped: list[torch.Tensor] = []
         with torch.no_grad():
             for group in self.param_groups:
-                params = [p for p in group["params"] if p.grad is not None]
+                params = [p for p in group["params"] if self._has_gradient(p)]
                 self._check_gradients(params)
                 self._step_params(group, params, scale)
                 stepped += params
         if scale.found_inf is not None:
             counters = [self.state[p]["step"] for p in stepped if "step" in self.state[p]]
             self.__dict__["_open_step"] = OpenStep(scale.found_inf, counters)
+        if self._offload is not None:
+            self._offload.wait()
         return loss
+
+    def _told_by_scaler(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What `torch.amp.GradScaler` says: whether a gradient is not finite, and the scale."""
+        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        return found_inf, grad_scale
+
+    def _has_gradient(self, p: torch.Tensor) -> bool:
+        """Whether there is anything to step a parameter with."""
+        return p.grad is not None
+
+    def _gradient_square(self, p: torch.Tensor) -> torch.Tensor:
+        """The squared norm of what a parameter is stepped with."""
+        grad = cast(torch.Tensor, p.grad).detach()
+        square: torch.Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        return square
 
     def _settle(self) -> None:
         """Counts the last step right, of which only the device knew whether it was skipped."""
         open_step: OpenStep | None = self.__dict__.pop("_open_step", None)
         if open_step is not None:
             open_step.settle()
+        if self._offload is not None:
+            self._offload.wait()
+
+    @property
+    def _offload(self) -> Offload | None:
+        """Where the states are between steps, if not with the parameters."""
+        return self.__dict__.get("_offload")
 
     def _step_params(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """Steps parameters of one group."""
+        if self._offload is None:
+            self._step_resident(group, params, scale)
+        else:
+            self._offload.step(self, group, params, scale)
+
+    def _step_resident(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
+        """Steps parameters of one group whose states are where the parameters are."""
         self._step_devices(group, [p for p in params if not is_sharded(p)], scale)
         shards = [Shard.of(p, type(self).__name__) for p in params if is_sharded(p)]
         if shards:
@@ -171,8 +205,7 @@ class LowBitOptimizer(ReportingOptimizer):
                         " them) are not supported; replicate them, as DistributedDataParallel does"
                     )
                 Shard.of(p, type(self).__name__)
-            grad = cast(torch.Tensor, p.grad)
-            if grad.is_sparse:
+            if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             if p.is_complex():
                 raise RuntimeError(f"{type(self).__name__} does not support complex parameters")
@@ -201,7 +234,9 @@ class LowBitOptimizer(ReportingOptimizer):
     def __getstate__(self) -> State:
         """What pickle and deepcopy keep: everything but the hooks."""
         self._settle()
-        return {**super().__getstate__(), "_step_supports_amp_scaling": True}
+        kept = {"_step_supports_amp_scaling": True}
+        offload = {} if self._offload is None else {"_offload": self._offload}
+        return {**super().__getstate__(), **kept, **offload}
 
     def _install_state_hooks(self) -> None:
         self.register_state_dict_pre_hook(_settle)
@@ -215,7 +250,7 @@ def _settle(optimizer: torch.optim.Optimizer) -> None:
     cast(LowBitOptimizer, optimizer)._settle()
 
 
-def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> None:
+def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> State | None:
     for group in state_dict["param_groups"]:
         layout = group.get("state_layout", STATE_LAYOUT)
         if layout != STATE_LAYOUT:
@@ -226,20 +261,36 @@ def _remember_loaded(optimizer: torch.optim.Optimizer, state_dict: State) -> Non
     optimizer.__dict__.pop("_open_step", None)
     ids = [list(g["params"]) for g in state_dict["param_groups"]]
     optimizer.__dict__["_loaded_state"] = (state_dict["state"], ids)
+    if "_offload" not in optimizer.__dict__:
+        return None
+    # PyTorch would bring all of them to the parameters' device.
+    keep = type(optimizer)._KEEP_DTYPE  # type: ignore[attr-defined]
+    others = {
+        key: {n: v for n, v in state.items() if n not in keep or not isinstance(v, torch.Tensor)}
+        for key, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": others}
 
 
 def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
     loaded, ids = optimizer.__dict__.pop("_loaded_state")
     keep = type(optimizer)._KEEP_DTYPE  # type: ignore[attr-defined]
     on_host = type(optimizer)._ON_HOST  # type: ignore[attr-defined]
+    offload: Offload | None = optimizer.__dict__.get("_offload")
     live = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for key, (p, group) in zip(itertools.chain.from_iterable(ids), live, strict=True):
         source = loaded.get(key, {})
-        for name in keep & source.keys():
-            if isinstance(source[name], torch.Tensor):
-                # The device follows the parameter; the dtype is the state's own.
-                device = torch.device("cpu") if name in on_host else p.device
-                optimizer.state[p][name] = source[name].detach().to(device, copy=True)
+        for name in source:
+            if name not in keep or not isinstance(source[name], torch.Tensor):
+                continue
+            value = source[name].detach()
+            own = cast(LowBitOptimizer, optimizer)
+            if offload is not None and offload.moves(own, group, name):
+                optimizer.state[p][name] = offload.host_copy(value, p)
+                continue
+            # The device follows the parameter; the dtype is the state's own.
+            device = torch.device("cpu") if name in on_host else p.device
+            optimizer.state[p][name] = value.to(device, copy=True)
         if isinstance(source.get("step"), torch.Tensor) and p in optimizer.state:
             # PyTorch takes the counter itself, which two optimizers would then count together.
             optimizer.state[p]["step"] = source["step"].detach().clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -34,6 +34,7 @@ class FusedBackward:
         self._norm: torch.Tensor | None = None
         self._groups: dict[torch.Tensor, Group] = {}
         self._handles: list[Any] = []
+        self._nodes: list[Any] = []  # which would not outlive a backward pass by themselves
         self._attach()
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
@@ -67,8 +68,24 @@ class FusedBackward:
         for group in self._optimizer.param_groups:
             for p in group["params"]:
                 if p not in self._groups and p.requires_grad:
-                    self._handles.append(p.register_post_accumulate_grad_hook(self._arrived))
+                    self._watch(p)
                 self._groups[p] = group
+
+    def _watch(self, p: torch.Tensor) -> None:
+        if p not in getattr(self._optimizer, "_factored", {}):
+            handle = p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
+            return
+        # Where no gradient is formed there is nothing to accumulate: what runs when all uses of the
+        # weight are through is the node that would.
+        node = torch.autograd.graph.get_gradient_edge(p).node
+        self._nodes.append(node)
+
+        def arrived(_gradients: Any) -> None:
+            if self._optimizer._has_gradient(p):
+                self._arrived(p)
+
+        self._handles.append(node.register_prehook(arrived))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
         self._attach()
@@ -93,8 +110,7 @@ class FusedBackward:
             optimizer._check_gradients([p])
             scale = Scale()
             if self._max_grad_norm is not None:
-                grad = cast(torch.Tensor, p.grad).detach()
-                square = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+                square = optimizer._gradient_square(p)
                 sums = self._squares.get(p.device)
                 self._squares[p.device] = square if sums is None else sums + square
                 scale = Scale(tensor=self._divisor(p.device))
@@ -116,7 +132,7 @@ class FusedBackward:
         self._passes = 0
         # Parameters that had a gradient in an earlier pass of the step only.
         for p in self._groups:
-            if p.grad is not None:
+            if self._optimizer._has_gradient(p):
                 self._step(p)
         if self._squares:
             sums = list(self._squares.values())

@@ -82,6 +82,11 @@ class ProjectedOptimizer(AutoRankOptimizer):
 
     def _prepare(self, group: Group, params: list[torch.Tensor]) -> None:
         """Makes the states that are missing, and counts the step."""
+        self._make_states(group, params)
+        for p in params:
+            self.state[p]["step"] += 1
+
+    def _make_states(self, group: Group, params: list[torch.Tensor]) -> None:
         ids = self._ids()
         # Over all groups: there is one for each rank, where ranks are the weights' own.
         matrices = [p for g in self.param_groups for p in matrices_of(g)]
@@ -95,7 +100,6 @@ class ProjectedOptimizer(AutoRankOptimizer):
                 if group["rank"] == AUTO:
                     state["rank_chosen"] = 0
                 self._new_state(at_lowest_rank(group, p), p, state, offset)
-            state["step"] += 1
 
     def _planned_state(self, group: Group, p: torch.Tensor) -> State:
         if not is_projected(group, p):

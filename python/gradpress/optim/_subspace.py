@@ -119,8 +119,11 @@ class SubspaceOptimizer(ProjectedOptimizer):
         hyper: AdamHyper,
     ) -> None:
         """Projects, steps the moments, and adds the back-projected update to the weights."""
-        rows = self._project(group, params, grads)
-        updates = [row[3] for row in rows]
+        self._step_rows(group, self._project(group, params, grads), hyper)
+
+    def _step_rows(self, group: Group, rows: list[Row], hyper: AdamHyper) -> None:
+        """Steps the moments with projected gradients, and adds the updates to the weights."""
+        params, updates = [row[0] for row in rows], [row[3] for row in rows]
         states = self._adam_states(group, params)
         step_directions(Batch(updates, updates, states), hyper, self._counter(params[0].device))
         self._add_back(group, rows, hyper)

@@ -18,11 +18,11 @@ from torch.optim.optimizer import ParamsT
 from gradpress.ops import lowrank as kernels
 from gradpress.optim import _projector as projector
 from gradpress.optim._base import Group, State
+from gradpress.optim._factored import FactoredOptimizer
 from gradpress.optim._projected import check_options
-from gradpress.optim._subspace import SubspaceOptimizer
 
 
-class QGaLoreAdamW(SubspaceOptimizer):
+class QGaLoreAdamW(FactoredOptimizer):
     r"""AdamW in a low-rank subspace of each weight's gradient, with integer weights and states.
 
     For a weight of a group with `rank` set, with gradient G (m x n), d = min(m, n):
@@ -58,6 +58,13 @@ class QGaLoreAdamW(SubspaceOptimizer):
         gamma_proj: Factor by which a stable subspace's interval grows.
         queue_size: Cosines in that mean.
         stagger: Spread the refreshes of the layers over the interval.
+        materialize_gradients: False computes projected gradients in the backward pass, straight
+            from activations: no gradient of a weight's size is ever formed, `p.grad` stays None.
+            Weights of groups with `rank` set have to be quantized then. See
+            :meth:`clip_grad_norm_` for clipping, and :func:`fused_backward` for stepping in the
+            backward pass.
+        accumulation_steps: Backward passes that make up a step, where gradients are not formed: a
+            new basis is found from all of them together.
         **options: Those of :class:`AdamW8bit`.
 
     Raises:
@@ -92,6 +99,8 @@ class QGaLoreAdamW(SubspaceOptimizer):
         gamma_proj: float = 2.0,
         queue_size: int = 5,
         stagger: bool = True,
+        materialize_gradients: bool = True,
+        accumulation_steps: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -110,6 +119,8 @@ class QGaLoreAdamW(SubspaceOptimizer):
             gamma_proj=gamma_proj,
             queue_size=queue_size,
             stagger=stagger,
+            materialize_gradients=materialize_gradients,
+            accumulation_steps=accumulation_steps,
             **options,
         )
 

@@ -3,13 +3,15 @@
 
 mod back;
 mod dense;
+mod factors;
 mod product;
 mod search;
 mod space;
 
 pub use back::{add, requantize, requantize_workspace};
+pub use factors::{project_factors, project_factors_workspace};
 pub use product::{project, project_workspace};
-pub use search::{refresh, refresh_workspace, svd, svd_workspace};
+pub use search::{refresh, refresh_factors_workspace, refresh_workspace, svd, svd_workspace};
 
 use super::bases::Bases;
 use crate::cuda::{Module, Pointer};
@@ -98,6 +100,7 @@ pub fn kernels() -> Vec<(Module, &'static [&'static str])> {
         (SPAN, &["requantize_span"]),
     ];
     list.extend(PROJECT.as_flattened().iter().map(|&module| (module, project)));
+    list.push((factors::WIDE[1], project));
     list.extend(BACK_ADD.as_flattened().iter().map(|&m| (m, &["project_back_add"][..])));
     list.extend(BACK_REQUANTIZE.map(|module| (module, &["project_back_requantize"][..])));
     list.extend(BACK.map(|module| (module, &["project_back"][..])));

@@ -2,12 +2,14 @@
 //! there, while the launches are always the same.
 
 use super::dense::Columns;
+use super::factors::Factors;
 use super::product::{Gate, Product, Size};
 use super::space::{Extent, Space, partials};
 use super::{Basis, PROJECT, REFRESH, of_element};
 use crate::cuda::{Arena, Args, Module, Pointer, Shape, Stream};
 use crate::error::Result;
 use crate::lowrank::refresh::{OVERSAMPLE, PROBES};
+use crate::lowrank::search::Gradient;
 use crate::lowrank::{Refresh, Side, Svd};
 use crate::rng::Key;
 use crate::tensor::TensorView;
@@ -44,15 +46,22 @@ const ROUGH_PASSES: usize = 2;
 const EXACT_PASSES: usize = 3;
 const SVD_PASSES: usize = 4;
 
+/// The matrix as one that has at least as many rows as columns, `[long, short]`.
+#[derive(Clone, Copy)]
+enum Upright {
+    /// With strides along its longer and its shorter side.
+    Dense { x: Pointer, strides: (usize, usize), product: Module },
+    /// `long^T short` of factors `[tokens, long]` and `[tokens, short]`.
+    Factors { long: Pointer, short: Pointer, product: Module },
+}
+
 /// One search in a matrix.
 struct Search<'a> {
     stream: &'a Stream,
     space: Space,
     extent: Extent,
-    /// The matrix, whose strides along its longer and its shorter side are these.
-    x: Pointer,
-    strides: (usize, usize),
-    product: Module,
+    matrix: Upright,
+    /// Of the small kernels, by the dtype of what `square_norm` reads.
     module: Module,
     key: Key,
     /// Whether it begins with an earlier basis.
@@ -60,7 +69,7 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    fn new(
+    fn in_dense(
         stream: &'a Stream,
         space: Space,
         extent: Extent,
@@ -73,7 +82,22 @@ impl<'a> Search<'a> {
         let strides = if side == Side::Right { (short, 1) } else { (1, long) };
         let product = of_element(stream.op(), PROJECT[0], x)?;
         let module = of_element(stream.op(), REFRESH, x)?;
-        Ok(Self { stream, space, extent, x: x.into(), strides, product, module, key, warm })
+        let matrix = Upright::Dense { x: x.into(), strides, product };
+        Ok(Self { stream, space, extent, matrix, module, key, warm })
+    }
+
+    fn in_factors(
+        stream: &'a Stream,
+        space: Space,
+        extent: Extent,
+        factors: Factors,
+        key: Key,
+        warm: bool,
+    ) -> Self {
+        let Factors { long, short, product } = factors;
+        let matrix = Upright::Factors { long, short, product };
+        // The norm is taken of float32 images.
+        Self { stream, space, extent, matrix, module: REFRESH[0], key, warm }
     }
 
     /// Launches a small kernel with 256 threads a block.
@@ -89,31 +113,80 @@ impl<'a> Search<'a> {
     }
 
     fn begin(&self, mode: Mode) -> Result<()> {
-        let Space { partial, dense, .. } = &self.space;
-        let count = self.extent.long * self.extent.short;
+        let Space { partial, dense, y, .. } = &self.space;
+        let (x, count, share) = match self.matrix {
+            Upright::Dense { x, .. } => (x, self.extent.long * self.extent.short, 1f32),
+            Upright::Factors { .. } => {
+                self.images_of_signs()?;
+                (*y, self.extent.long * PROBES, 1.0 / PROBES as f32)
+            }
+        };
         let parts = partials(count);
-        let args = Args::new().pointer(self.x).pointer(*partial).value(count as i64);
+        let args = Args::new().pointer(x).pointer(*partial).value(count as i64);
         self.call("square_norm", parts, args)?;
         let args = Args::new()
             .pointer(*partial)
             .value(parts as i32)
             .value(mode as i32)
+            .value(share)
             .pointer(dense.flags)
             .pointer(dense.numbers);
         self.call("refresh_begin", 1, args)
     }
 
+    /// Random combinations of the columns of a matrix that has no elements to take the norm of.
+    fn images_of_signs(&self) -> Result<()> {
+        let Extent { short, .. } = self.extent;
+        let Space { norm_signs, y, .. } = self.space;
+        let args = Args::new().pointer(norm_signs).value(short as i32).value(self.key);
+        let args = args.pointer(Pointer::NULL).value(0i32);
+        self.call("probe_signs", (short * PROBES).div_ceil(256), args)?;
+        self.apply(norm_signs, y, PROBES, false, Gate::OPEN)
+    }
+
     /// `out = a b` for the upright matrix `a` and `b` `[short, n]`.
     fn times(&self, b: Pointer, out: Pointer, n: usize, stages: i32) -> Result<()> {
-        let size = Size { m: self.extent.long, n, k: self.extent.short };
-        self.multiply(self.product, self.x, self.strides, b, out, size, stages)
+        self.apply(b, out, n, false, self.gate(stages))
     }
 
     /// `out = a^T b` for the upright matrix `a` and `b` `[long, n]`.
     fn times_transposed(&self, b: Pointer, out: Pointer, n: usize, stages: i32) -> Result<()> {
-        let size = Size { m: self.extent.short, n, k: self.extent.long };
-        let strides = (self.strides.1, self.strides.0);
-        self.multiply(self.product, self.x, strides, b, out, size, stages)
+        self.apply(b, out, n, true, self.gate(stages))
+    }
+
+    fn gate(&self, stages: i32) -> Gate {
+        // A search from nothing after one from a basis would overwrite what that one found.
+        let strict = self.warm && stages & FRESH != 0;
+        Gate { strict, ..self.space.dense.gate(stages) }
+    }
+
+    /// The product of the upright matrix, or of the transposed one, with `b`.
+    fn apply(
+        &self,
+        b: Pointer,
+        out: Pointer,
+        n: usize,
+        transposed: bool,
+        gate: Gate,
+    ) -> Result<()> {
+        let Extent { long, short, tokens, .. } = self.extent;
+        let (rows, columns) = if transposed { (short, long) } else { (long, short) };
+        match self.matrix {
+            Upright::Dense { x, strides, product } => {
+                let strides = if transposed { (strides.1, strides.0) } else { strides };
+                let size = Size { m: rows, n, k: columns };
+                self.multiply(product, x, strides, b, out, size, gate)
+            }
+            Upright::Factors { long: of_long, short: of_short, product } => {
+                let inner = self.space.inner;
+                let (first, second) =
+                    if transposed { (of_long, of_short) } else { (of_short, of_long) };
+                let size = Size { m: tokens, n, k: columns };
+                self.multiply(product, first, (columns, 1), b, inner, size, gate)?;
+                let size = Size { m: rows, n, k: tokens };
+                self.multiply(product, second, (1, rows), inner, out, size, gate)
+            }
+        }
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -125,13 +198,11 @@ impl<'a> Search<'a> {
         b: Pointer,
         out: Pointer,
         size: Size,
-        stages: i32,
+        gate: Gate,
     ) -> Result<()> {
         let (b, room) = (Basis::dense(b), self.space.room);
         let product = Product { module, a, strides, b, out, size, by_columns: false, room };
-        // A search from nothing after one from a basis would overwrite what that one found.
-        let strict = self.warm && stages & FRESH != 0;
-        product.launch(self.stream, Gate { strict, ..self.space.dense.gate(stages) })
+        product.launch(self.stream, gate)
     }
 
     /// Scales a matrix by a power of two, so that it, or what it is multiplied with next, is about
@@ -269,12 +340,18 @@ impl<'a> Search<'a> {
     /// What the basis captures of the matrix's squared norm.
     fn measure(&self, basis: Pointer) -> Result<()> {
         let Extent { long, short, rank, .. } = self.extent;
-        let Space { y, signs, sums, partial, ref dense, .. } = self.space;
-        let args = Args::new().pointer(signs).value(rank as i32).value(self.key);
-        let blocks = (rank * PROBES).div_ceil(256);
-        self.call("probe_signs", blocks, self.gated(args, MAIN))?;
+        let Space { y, signs, sums, partial, norm_signs, ref dense, .. } = self.space;
+        let plain = PROJECT[0][0];
+        if let Upright::Dense { .. } = self.matrix {
+            let args = Args::new().pointer(signs).value(rank as i32).value(self.key);
+            let blocks = (rank * PROBES).div_ceil(256);
+            self.call("probe_signs", blocks, self.gated(args, MAIN))?;
+        } else {
+            let size = Size { m: rank, n: PROBES, k: short };
+            self.multiply(plain, basis, (1, rank), norm_signs, signs, size, self.gate(MAIN))?;
+        }
         let size = Size { m: short, n: PROBES, k: rank };
-        self.multiply(PROJECT[0][0], basis, (rank, 1), signs, sums, size, MAIN)?;
+        self.multiply(plain, basis, (rank, 1), signs, sums, size, self.gate(MAIN))?;
         self.times(sums, y, PROBES, MAIN)?;
         let count = long * PROBES;
         let parts = partials(count);
@@ -288,7 +365,12 @@ impl<'a> Search<'a> {
         self.call("refresh_end", 1, args)
     }
 
-    fn svd(&self, [u, s, vh]: [Pointer; 3], n_iter: usize) -> Result<()> {
+    fn svd(
+        &self,
+        [u, s, vh]: [Pointer; 3],
+        (rows, columns): (usize, usize),
+        n_iter: usize,
+    ) -> Result<()> {
         let Extent { long, short, width, rank, .. } = self.extent;
         let Space { y, left, z, other, room, ref dense, .. } = self.space;
         let stream = self.stream;
@@ -307,7 +389,6 @@ impl<'a> Search<'a> {
         dense.multiply(stream, y, left, long, room, MAIN)?;
         basis(Columns { at: left, other: y, rows: long })?;
         self.decide(Decision::Last, width)?;
-        let (rows, columns) = if self.strides.1 == 1 { (long, short) } else { (short, long) };
         let args = Args::new()
             .pointer(other)
             .pointer(left)
@@ -328,32 +409,57 @@ fn of_refresh((rows, columns, rank): (usize, usize, usize)) -> Extent {
     Extent::new(rows, columns, rank, OVERSAMPLE, false)
 }
 
-/// Bytes of workspace that refreshing the bases of gradients of these rows, columns and ranks takes:
-/// that of the largest, since they come one after the other.
-pub fn refresh_workspace(shapes: &[(usize, usize, usize)]) -> usize {
-    let size = |&shape| {
+/// Of the largest search, since they come one after the other.
+fn workspace_of(extents: impl Iterator<Item = Extent>) -> usize {
+    let size = |extent| {
         let mut arena = Arena::counting();
-        Space::new(&mut arena, of_refresh(shape));
+        Space::new(&mut arena, extent);
         arena.size()
     };
-    shapes.iter().map(size).max().unwrap_or(0)
+    extents.map(size).max().unwrap_or(0)
+}
+
+/// Bytes of workspace that refreshing the bases of gradients of these rows, columns and ranks takes.
+pub fn refresh_workspace(shapes: &[(usize, usize, usize)]) -> usize {
+    workspace_of(shapes.iter().copied().map(of_refresh))
+}
+
+/// The same where gradients are products over these tokens, rows, columns and ranks.
+pub fn refresh_factors_workspace(shapes: &[(usize, usize, usize, usize)]) -> usize {
+    workspace_of(shapes.iter().map(|&(tokens, rows, columns, rank)| Extent {
+        tokens,
+        ..of_refresh((rows, columns, rank))
+    }))
 }
 
 /// Finds every basis of the call anew.
 pub fn refresh(args: &mut Refresh, stream: &Stream) -> Result<()> {
-    let Refresh { grads, bases, vectors, outcomes, workspace, warm, keys, shapes } = args;
+    let Refresh { gradients, bases, vectors, outcomes, workspace, warm, keys, shapes } = args;
     let outcomes = Pointer::from(outcomes);
     let mut prepared = Vec::with_capacity(shapes.len());
-    for &shape in &*shapes {
+    for (&shape, gradient) in shapes.iter().zip(&*gradients) {
+        let tokens = match gradient {
+            Gradient::Dense(_) => 0,
+            Gradient::Factors(factors) => factors.tokens(),
+        };
+        let extent = Extent { tokens, ..of_refresh(shape) };
         let mut arena = Arena::over(workspace.as_mut());
-        let space = Space::new(&mut arena, of_refresh(shape));
+        let space = Space::new(&mut arena, extent);
         arena.check(stream.op())?;
-        prepared.push(space);
+        prepared.push((extent, space));
     }
-    for (i, (space, basis)) in prepared.into_iter().zip(bases).enumerate() {
+    for (i, ((extent, space), basis)) in prepared.into_iter().zip(bases).enumerate() {
         let (rows, columns, _) = shapes[i];
-        let (extent, side) = (of_refresh(shapes[i]), Side::of(rows, columns));
-        let search = Search::new(stream, space, extent, &grads[i], side, keys[i], warm[i])?;
+        let (side, key, warm) = (Side::of(rows, columns), keys[i], warm[i]);
+        let search = match &gradients[i] {
+            Gradient::Dense(grad) => {
+                Search::in_dense(stream, space, extent, grad, side, key, warm)?
+            }
+            Gradient::Factors(factors) => {
+                let factors = Factors::new(stream.op(), factors)?;
+                Search::in_factors(stream, space, extent, factors, key, warm)
+            }
+        };
         search.refresh(basis.into(), Pointer::from(&mut vectors[i]))?;
         search.end(outcomes.after(3 * i))?;
     }
@@ -376,7 +482,7 @@ pub fn svd(args: &mut Svd, stream: &Stream) -> Result<()> {
     let space = Space::new(&mut arena, extent);
     arena.check(stream.op())?;
     let side = Side::of(rows, columns);
-    let search = Search::new(stream, space, extent, x, side, *key, false)?;
-    search.svd([u.into(), s.into(), vh.into()], *n_iter)?;
+    let search = Search::in_dense(stream, space, extent, x, side, *key, false)?;
+    search.svd([u.into(), s.into(), vh.into()], (rows, columns), *n_iter)?;
     search.end(outcome.into())
 }

@@ -20,6 +20,10 @@ pub struct Space {
     pub magnitudes: Pointer,
     pub signs: Pointer,
     pub sums: Pointer,
+    /// Of a product of two factors: `[tokens, width]`, and the signs `[short, PROBES]` that its
+    /// norm is measured with.
+    pub inner: Pointer,
+    pub norm_signs: Pointer,
     pub room: Room,
 }
 
@@ -32,34 +36,41 @@ pub struct Extent {
     pub rank: usize,
     /// Whether left vectors are wanted too.
     pub both: bool,
+    /// Of the two factors whose product the matrix is; 0 for a matrix that exists.
+    pub tokens: usize,
 }
 
 impl Extent {
     pub fn new(rows: usize, columns: usize, rank: usize, oversample: usize, both: bool) -> Self {
         let (long, short) = (rows.max(columns), rows.min(columns));
         let width = rank.saturating_add(oversample).min(short);
-        Self { long, short, width, rank, both }
+        Self { long, short, width, rank, both, tokens: 0 }
     }
 
     fn parts(self) -> usize {
-        let Self { long, short, width, rank, .. } = self;
+        let Self { long, short, width, rank, tokens, .. } = self;
         let size = |m, n, k| Size { m, n, k }.parts();
-        [
+        let factors = [width, PROBES].into_iter().flat_map(|n| {
+            [(tokens, short), (long, tokens), (tokens, long), (short, tokens)]
+                .map(|(m, k)| if tokens == 0 { 0 } else { size(m, n, k) })
+        });
+        let others = [
             size(long, width, short),
             size(short, width, long),
             size(long, PROBES, short),
             size(short, PROBES, rank),
             size(short, width, width),
             size(long, width, width),
-        ]
-        .into_iter()
-        .fold(0, usize::max)
+            size(rank, PROBES, short),
+        ];
+        factors.chain(others).fold(0, usize::max)
     }
 }
 
 impl Space {
     pub fn new(arena: &mut Arena, extent: Extent) -> Self {
-        let Extent { long, short, width, rank, both } = extent;
+        let Extent { long, short, width, rank, both, tokens } = extent;
+        let probed = if tokens == 0 { 0 } else { short };
         Self {
             dense: Dense::new(arena, width, if both { long } else { short }),
             y: arena.take::<f32>(long * width.max(PROBES)),
@@ -71,6 +82,8 @@ impl Space {
             magnitudes: arena.take::<u32>(partials(long * width)),
             signs: arena.take::<f32>(rank * PROBES),
             sums: arena.take::<f32>(short * PROBES),
+            inner: arena.take::<f32>(tokens * width.max(PROBES)),
+            norm_signs: arena.take::<f32>(probed * PROBES),
             room: Room::new(arena, extent.parts(), true),
         }
     }
