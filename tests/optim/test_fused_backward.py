@@ -186,3 +186,19 @@ def test_bad_arguments_are_named():
         loss_of(model, 0).backward()
         with pytest.raises(RuntimeError, match="after 1 of 3 backward passes"):
             optimizer.step()
+
+
+@every
+def test_a_state_loaded_later_brings_its_options(make):
+    """Loading makes new groups, which schedulers and the loop write to from then on."""
+    results = []
+    for fused in (False, True):
+        model, optimizer = setup(make)
+        if fused:
+            fused_backward(model, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05
+        train(model, optimizer, 2, 1)
+        results.append(values(model))
+    assert_same(*results)

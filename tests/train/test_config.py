@@ -72,3 +72,11 @@ def test_differences():
 def test_wrong_run_options(options):
     with pytest.raises(UserError, match="must be at least"):
         RunOptions(**options)
+
+
+def test_least_memory_implies_an_optimizer_and_takes_no_other():
+    config = TrainConfig.create(memory="least")
+    assert (config.optimizer, config.weight_bits) == ("qgalore", 8)
+    for options in ({"optimizer": "adamw"}, {"weight_bits": None}):
+        with pytest.raises(UserError, match="--memory least: takes --optimizer qgalore"):
+            TrainConfig.create(memory="least", **options)

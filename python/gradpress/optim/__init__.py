@@ -2,6 +2,7 @@
 
 from gradpress.optim._fused_backward import FusedBackward, fused_backward
 from gradpress.optim._groups import param_groups
+from gradpress.optim._offload import OffloadedStates, offload_states
 from gradpress.optim._rank_choice import RankChoice, choose_ranks
 from gradpress.optim._report import OptimizerReport
 from gradpress.optim.adamp import SGDP, AdamP
@@ -31,6 +32,7 @@ __all__ = [
     "GaLoreAdamW",
     "GradNormLoRP",
     "LDAdamW",
+    "OffloadedStates",
     "OptimizerReport",
     "QGaLoreAdamW",
     "RankChoice",
@@ -38,5 +40,6 @@ __all__ = [
     "choose_ranks",
     "fused_backward",
     "gradnormlorp_groups",
+    "offload_states",
     "param_groups",
 ]

@@ -46,6 +46,11 @@ class FusedBackward:
         """
         return self._norm
 
+    @grad_norm.setter
+    def grad_norm(self, norm: torch.Tensor) -> None:
+        """The norm that the next step is clipped by, as a run that is resumed had it."""
+        self._norm = norm
+
     def remove(self) -> None:
         """Gradients stay again, for `step` to use. Those of a step half done stay too."""
         for handle in self._handles:
@@ -101,6 +106,7 @@ class FusedBackward:
             self._in_pass = True
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._end_of_pass)
+            self._attach()  # a state that was loaded came with new groups
         if (self._passes + 1) % self._accumulation_steps == 0:
             self._step(p)
 

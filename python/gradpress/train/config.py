@@ -14,6 +14,7 @@ from gradpress.train.sizes import SIZES, ModelSize
 OPTIMIZERS = ("adamw", "adamw8bit", "qgalore")
 DTYPES = ("float32", "bfloat16")
 ROUNDINGS = ("stochastic", "nearest")
+MEMORY = ("ordinary", "least")
 
 
 def option(
@@ -59,7 +60,15 @@ class TrainConfig:
         shown="the Python standard library's sources and manual topics",
     )
 
-    optimizer: str = option("update rule", default="adamw", choices=OPTIMIZERS)
+    memory: str = option(
+        "least: step in the backward pass without forming gradients, compute activations again,"
+        " logits of some tokens at a time (qgalore, which it implies)",
+        default="ordinary",
+        choices=MEMORY,
+    )
+    optimizer: str = option(
+        "update rule", shown="adamw; qgalore with --memory least", choices=OPTIMIZERS
+    )
     lr: float = option(
         "peak learning rate of the attention and MLP matrices", float, shown="by the optimizer"
     )
@@ -126,7 +135,8 @@ class TrainConfig:
         if unknown:
             raise UserError(f"unknown option {unknown[0]!r}")
         size = options.get("size", "tiny")
-        optimizer = options.get("optimizer", "adamw")
+        least = options.get("memory") == "least"
+        optimizer = options.setdefault("optimizer", "qgalore" if least else "adamw")
         _check_choice("size", size, tuple(SIZES))
         _check_choice("optimizer", optimizer, OPTIMIZERS)
         return cls(**{**_dependent_defaults(SIZES[size], size, optimizer), **options})
@@ -262,6 +272,8 @@ def _check_combination(config: TrainConfig) -> None:
         raise UserError(
             f"--rank {config.rank}: the smallest side of a projected matrix is {largest}"
         )
+    if config.memory == "least" and (config.optimizer != "qgalore" or config.weight_bits is None):
+        raise UserError("--memory least: takes --optimizer qgalore and --weight-bits 8")
     if config.optimizer == "adamw" and config.weight_bits is not None:
         raise UserError(
             f"--weight-bits {config.weight_bits}: takes --optimizer qgalore or adamw8bit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ def evaluate(
     sequence_length: int,
     batch_size: int,
     batches: int,
+    losses_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = token_losses,
 ) -> Evaluation:
     """Mean loss per token over a fixed set of validation windows.
 
@@ -67,6 +69,7 @@ def evaluate(
         sequence_length: Tokens that a window predicts.
         batch_size: Windows per forward pass.
         batches: Forward passes at most; a short text has fewer windows.
+        losses_of: From the model and windows to the losses of their tokens.
 
     Returns:
         The loss and what it was measured on.
@@ -78,7 +81,7 @@ def evaluate(
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for first in range(0, len(starts), batch_size):
         windows = read_windows(tokens, starts[first : first + batch_size], sequence_length)
-        losses = token_losses(model, to_device(windows, device))
+        losses = losses_of(model, to_device(windows, device))
         total += losses.double().sum()
         count += losses.numel()
     model.train(training)

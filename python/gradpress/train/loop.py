@@ -26,6 +26,7 @@ from gradpress.train.folder import (
     write_options,
 )
 from gradpress.train.interrupt import Interrupt
+from gradpress.train.least_memory import LeastMemory, chunked_token_losses
 from gradpress.train.metrics import (
     EVALUATION,
     STEP,
@@ -145,6 +146,9 @@ class Trainer:
         self.model = _initial_model(config).to(self.device)
         reset_peak(self.device)
         self.optimizer = build_optimizer(self.model, config)
+        self._least = None
+        if config.memory == "least":
+            self._least = LeastMemory(self.model, self.optimizer, config)
         self._clock = Clock(self.device)
         self._unread = UnreadSteps(self.device, self._clock, config.tokens_per_step)
         self._memory_counted = False
@@ -164,6 +168,8 @@ class Trainer:
         if checkpoint.trainer["data_digest"] != self.data.digest:
             raise UserError(f"{self.folder}: the text is not the one this run was trained on")
         checkpoint.load(self.model, self.optimizer)
+        if self._least is not None:
+            self._least.grad_norm = checkpoint.trainer["gradient_norm"]
         self.step = checkpoint.step
         truncate_metrics(self._metrics_path, self.step)
         print(f"resumed at step {self.step} from {checkpoint.folder}", flush=True)
@@ -212,7 +218,7 @@ class Trainer:
 
         Raises:
             DivergedError: The loss or the gradient is not finite, where every step is read; the
-                weights are as before.
+                weights are as before, but for `memory="least"`, which has stepped by then.
         """
         config = self.config
         issued, start = time.perf_counter(), self._clock.mark()
@@ -252,13 +258,19 @@ class Trainer:
                 batch_size=self.config.batch_size,
                 sequence_length=self.config.sequence_length,
             )
-            losses = token_losses(self.model, to_device(windows, self.device))
-            loss = losses.mean() / self.config.accumulate
+            loss = self._mean_loss(to_device(windows, self.device)) / self.config.accumulate
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
+    def _mean_loss(self, windows: torch.Tensor) -> torch.Tensor:
+        if self._least is not None:
+            return chunked_token_losses(self.model, windows, "mean")
+        return token_losses(self.model, windows).mean()
+
     def _clip_gradients(self) -> torch.Tensor:
+        if self._least is not None:
+            return self._least.grad_norm.to(self.device).double()
         if self.config.clip > 0:
             parameters = self.model.parameters()
             return torch.nn.utils.clip_grad_norm_(parameters, self.config.clip).double()
@@ -288,6 +300,7 @@ class Trainer:
             sequence_length=self.config.sequence_length,
             batch_size=self.config.batch_size,
             batches=self.config.eval_batches,
+            losses_of=token_losses if self._least is None else chunked_token_losses,
         )
         record = {
             "step": self.step,
@@ -310,9 +323,13 @@ class Trainer:
             self.folder / "checkpoints",
             self.model,
             self.optimizer,
-            {"step": self.step, "data_digest": self.data.digest},
+            {"step": self.step, "data_digest": self.data.digest, **self._clipping()},
             self.options.keep,
         )
+
+    def _clipping(self) -> dict[str, float]:
+        """What the next step is clipped by, where gradients are gone when their norm is known."""
+        return {} if self._least is None else {"gradient_norm": float(self._least.grad_norm)}
 
     def _count_memory(self) -> None:
         from gradpress import memory

@@ -85,6 +85,8 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
         queue_size=config.queue_size,
         stagger=config.stagger,
         weight_rounding=config.weight_rounding,
+        materialize_gradients=config.memory != "least",
+        accumulation_steps=config.accumulate,
     )
     return optim.QGaLoreAdamW(groups, state_bits=config.state_bits, seed=config.seed, **common)
 
