@@ -18,6 +18,7 @@ BENCHES = {
     "optimizers": "the rest of the family beside the packages that offer the same",
     "pretraining": "validation loss of every optimizer on a LLaMA of 9M (an hour)",
     "finetuning": "validation loss of fine-tuning SmolLM2-135M (an hour)",
+    "least_memory": "peak bytes and seconds of training steps (10 minutes)",
     "rounding": "validation loss with INT8 weights: stochastic and nearest rounding (20 minutes)",
 }
 

@@ -1,6 +1,7 @@
 """The GPU benchmark, as far as it goes without a card."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,23 @@ def test_dry_run(tmp_path):
     # No target is met or missed where nothing is measured.
     assert not any(row.endswith(("| yes |", "| no |")) for row in rows)
     assert (kept.read_bytes() if kept.exists() else None) == before
+
+
+def test_dry_run_of_the_largest_model(tmp_path):
+    command = [sys.executable, str(ROOT / "benches" / "gpu_7b.py"), "--device", "cpu", "--quick"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_7b.json").read_text())
+    assert {"7B, gradpress, INT8 weights", "1B, torch AdamW in bfloat16"} <= found.keys()
+    for result in found.values():
+        assert result["losses"][-1] < result["losses"][0]
 
 
 def test_the_parameters_are_those_of_transformers():

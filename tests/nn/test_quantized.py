@@ -92,3 +92,20 @@ def test_memory_count(model):
         "weight_scales": 5 * (12 + 2),
     }
     assert str(count.total) in str(count).replace(",", "")
+
+
+def test_averages_of_weights_are_kept_dense(model):
+    """Rounding to the grid would swallow an average's steps."""
+    gradpress.nn.quantize_(model)
+    dense = gradpress.nn.dequantize_(copy.deepcopy(model))
+    average = torch.optim.swa_utils.AveragedModel(
+        dense, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    average.update_parameters(model)
+    before = model[0].weight.dequantize()
+    optimizer = gradpress.optim.AdamW8bit(model.parameters(), lr=0.1)
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    average.update_parameters(model)
+    expected = 0.5 * before.double() + 0.5 * model[0].weight.dequantize().double()
+    torch.testing.assert_close(average.module[0].weight.double(), expected, rtol=1e-6, atol=1e-6)
