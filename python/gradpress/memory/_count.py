@@ -13,14 +13,6 @@ from gradpress.nn._weight import QuantizedWeight
 from gradpress.optim._sharded import local
 
 _MIB = 1 << 20
-_CATEGORIES = (
-    "weights",
-    "weight_scales",
-    "buffers",
-    "gradients",
-    "optimizer_states",
-    "projectors",
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ def count(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> M
     """
     seen: set[tuple[int, int]] = set()
     totals: dict[str, int] = {}
-    for category, tensor in _tensors(model, optimizer):
+    for category, tensor in tensors_of(model, optimizer):
         # By the storage itself: on the meta device all have the same address. Gradients of FSDP
         # are parts of one.
         tensor = local(tensor)
@@ -76,45 +68,12 @@ def count(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> M
     return MemoryCount({name: size for name, size in totals.items() if size})
 
 
-def plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> MemoryCount:
-    """Predicts what `count` will find between a backward pass and the next, before any step.
-
-    Nothing is allocated: the model may be on the meta device, and then be larger than memory.
-
-    Args:
-        model: Any module.
-        optimizer: One of :mod:`gradpress.optim`, with the parameters of `model`.
-
-    Raises:
-        TypeError: `optimizer` is another package's.
-    """
-    if not hasattr(optimizer, "_planned_state"):
-        raise TypeError(
-            f"memory.plan: optimizer must be one of gradpress.optim, got {type(optimizer).__name__}"
-        )
-    totals = dict(count(model).by_category)
-    totals.pop("gradients", None)
-
-    def add(category: str, tensor: torch.Tensor) -> None:
-        totals[category] = totals.get(category, 0) + tensor.nbytes
-
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-            if p.requires_grad:
-                add("gradients", like)
-            for name, value in optimizer._planned_state(group, like).items():
-                if isinstance(value, torch.Tensor):
-                    add(_category(name), value)
-    return MemoryCount({name: totals[name] for name in _CATEGORIES if totals.get(name)})
-
-
-def _category(state_name: str) -> str:
+def category_of_state(state_name: str) -> str:
     """Of a tensor of an optimizer's state."""
     return "projectors" if "projector" in state_name else "optimizer_states"
 
 
-def _tensors(
+def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for p in model.parameters():
@@ -132,4 +91,4 @@ def _tensors(
         for state in optimizer.state.values():
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    yield _category(name), value
+                    yield category_of_state(name), value
