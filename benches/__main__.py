@@ -19,6 +19,7 @@ BENCHES = {
     "pretraining": "validation loss of every optimizer on a LLaMA of 9M (an hour)",
     "finetuning": "validation loss of fine-tuning SmolLM2-135M (an hour)",
     "least_memory": "peak bytes and seconds of training steps (10 minutes)",
+    "plan_7b": "memory of LLaMA-7B by category, without allocating it",
     "rounding": "validation loss with INT8 weights: stochastic and nearest rounding (20 minutes)",
 }
 
