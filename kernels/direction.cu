@@ -18,12 +18,14 @@ adamw_blockwise_direction(const __grid_constant__ AdamList list, int count, Adam
                           i64 block_size, int bits) {
     if (is_set(found_inf)) return;
     const AdamTensor& tensor = list.tensors[tensor_of_block(list, count)];
+    __shared__ AdamNumbers numbers;
+    find_numbers(tensor, shared, numbers);
     if (bits == 8)
         adamw_blockwise_tile<8, Directions>(tensor, shared, grad_scale, nonfinite, block_size,
-                                            nullptr);
+                                            numbers, nullptr);
     else
         adamw_blockwise_tile<4, Directions>(tensor, shared, grad_scale, nonfinite, block_size,
-                                            nullptr);
+                                            numbers, nullptr);
 }
 
 // The same for blocks of any size. Block: 256 threads in teams, each of which has a block of
@@ -34,10 +36,12 @@ adamw_blockwise_direction_any(const __grid_constant__ AdamList list, int count, 
                               i64 block_size, int bits, int team) {
     if (is_set(found_inf)) return;
     const AdamTensor& tensor = list.tensors[tensor_of_block(list, count)];
+    __shared__ AdamNumbers numbers;
+    find_numbers(tensor, shared, numbers);
     if (bits == 8)
         adamw_blockwise_run<8, Directions>(tensor, shared, grad_scale, nonfinite, block_size,
-                                           team);
+                                           team, numbers);
     else
         adamw_blockwise_run<4, Directions>(tensor, shared, grad_scale, nonfinite, block_size,
-                                           team);
+                                           team, numbers);
 }

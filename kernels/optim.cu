@@ -22,10 +22,14 @@ adamw_blockwise_step(const __grid_constant__ AdamList list, int count, AdamShare
     if (is_set(found_inf)) return;
     const AdamTensor& tensor = list.tensors[tensor_of_block(list, count)];
     u32* const mine = exchange[Target::DITHERED ? threadIdx.x / 32 : 0];
+    __shared__ AdamNumbers numbers;
+    find_numbers(tensor, shared, numbers);
     if (bits == 8)
-        adamw_blockwise_tile<8, Target>(tensor, shared, grad_scale, nonfinite, block_size, mine);
+        adamw_blockwise_tile<8, Target>(tensor, shared, grad_scale, nonfinite, block_size, numbers,
+                                        mine);
     else
-        adamw_blockwise_tile<4, Target>(tensor, shared, grad_scale, nonfinite, block_size, mine);
+        adamw_blockwise_tile<4, Target>(tensor, shared, grad_scale, nonfinite, block_size, numbers,
+                                        mine);
 }
 
 // The same for blocks of any size. Block: 256 threads in teams, each of which has a block of
@@ -36,8 +40,12 @@ adamw_blockwise_step_any(const __grid_constant__ AdamList list, int count, AdamS
                          i64 block_size, int bits, int team) {
     if (is_set(found_inf)) return;
     const AdamTensor& tensor = list.tensors[tensor_of_block(list, count)];
+    __shared__ AdamNumbers numbers;
+    find_numbers(tensor, shared, numbers);
     if (bits == 8)
-        adamw_blockwise_run<8, Target>(tensor, shared, grad_scale, nonfinite, block_size, team);
+        adamw_blockwise_run<8, Target>(tensor, shared, grad_scale, nonfinite, block_size, team,
+                                       numbers);
     else
-        adamw_blockwise_run<4, Target>(tensor, shared, grad_scale, nonfinite, block_size, team);
+        adamw_blockwise_run<4, Target>(tensor, shared, grad_scale, nonfinite, block_size, team,
+                                       numbers);
 }

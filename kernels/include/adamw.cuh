@@ -8,6 +8,13 @@
 #include "philox.cuh"
 #include "tile.cuh"
 
+// The numbers of one tensor's step.
+struct AdamNumbers {
+    u32 step;
+    float step_size, root; // with the bias corrections
+    float keep;            // what the decay leaves of a parameter
+};
+
 struct AdamTensor {
     // Null for a direction, which overwrites `grad`, or the gradient of the step before there.
     void* param;
@@ -18,12 +25,22 @@ struct AdamTensor {
     float* exp_avg_sq_scale;
     i64 numel;
     u32 first_block;
-    u32 tensor_id, step;
-    float step_size, root; // with the bias corrections
-    float keep;            // what the decay leaves of a parameter
+    u32 tensor_id;
+    union {
+        AdamNumbers numbers;
+        const float* counter; // where the host knows no numbers of steps
+    };
 };
 static_assert(sizeof(AdamTensor) == 80, "as README.md says");
 using AdamList = List<AdamTensor>;
+
+// What the numbers of a step are computed from where the host does not know them.
+struct AdamRates {
+    double lr, beta1, beta2, weight_decay;
+    const float* lr_at; // in place of `lr`, unless null
+    int counted;        // whether tensors have counters
+    int unused;
+};
 
 struct AdamShared {
     float beta1, beta2;
@@ -34,17 +51,62 @@ struct AdamShared {
     int stochastic;
     Friction friction;
     int narrow; // whether gradients of the step before are bfloat16
+    AdamRates rates;
 };
-static_assert(sizeof(AdamShared) == 56, "as README.md says");
+static_assert(sizeof(AdamShared) == 104, "as README.md says");
+
+// By repeated squaring, as `power` of src/optim/call.rs.
+__device__ __forceinline__ double power(double base, u32 exponent) {
+    double result = 1.0;
+    for (; exponent != 0; exponent >>= 1) {
+        if (exponent & 1) result *= base;
+        base *= base;
+    }
+    return result;
+}
+
+// A counter as a number; below one it is taken for one.
+__device__ __forceinline__ u32 count_of(float counter) {
+    if (!(counter >= 1.0f)) return 1;
+    return counter < 4294967296.0f ? u32(counter) : 0xffff'ffffu;
+}
+
+// Puts the numbers of a tensor's step where a block finds them after its next barrier. Where the
+// device has to compute them, two threads do, each the correction of one moment, since float64 is
+// slow on many devices; meanwhile the others load what they will step.
+__device__ __forceinline__ void find_numbers(const AdamTensor& tensor, const AdamShared& shared,
+                                             AdamNumbers& numbers) {
+    if (threadIdx.x >= 2) return;
+    const AdamRates& rates = shared.rates;
+    const bool first = threadIdx.x == 0;
+    if (!rates.counted && !rates.lr_at) {
+        if (first) numbers = tensor.numbers;
+        return;
+    }
+    const u32 step = rates.counted ? count_of(*tensor.counter) : tensor.numbers.step;
+    const double lr = rates.lr_at ? double(*rates.lr_at) : rates.lr;
+    const double correction = 1.0 - power(first ? rates.beta1 : rates.beta2, step);
+    const double quotient = (first ? lr : 1.0) / (first ? correction : sqrt(correction));
+    if (first) {
+        numbers.step = step;
+        numbers.step_size = float(quotient);
+        numbers.keep = float(1.0 - lr * rates.weight_decay);
+    } else numbers.root = float(quotient);
+}
 
 struct AdamStep {
-    __device__ AdamStep(const AdamTensor& tensor, const AdamShared& shared, const float* grad_scale)
+    __device__ AdamStep(const AdamNumbers& numbers, const AdamTensor& tensor,
+                        const AdamShared& shared, const float* grad_scale)
         : beta1(shared.beta1), beta2(shared.beta2), rest1(shared.rest1), rest2(shared.rest2),
           eps(shared.eps),
           factor(grad_scale ? shared.factor / *grad_scale : shared.factor),
-          step_size(tensor.step_size), root(tensor.root) {}
+          numbers(numbers),
+          key{{shared.key[0], shared.key[1]}, tensor.tensor_id, numbers.step} {}
 
-    float beta1, beta2, rest1, rest2, eps, factor, step_size, root;
+    float beta1, beta2, rest1, rest2, eps, factor;
+    // In shared memory, and read anew for every element: registers are scarce.
+    const volatile AdamNumbers& numbers;
+    Key key; // of random numbers
 };
 
 // New moments and Adam's update; without a finite gradient the moments are the old ones.
@@ -56,7 +118,7 @@ struct Adam {
         float new_v = step.beta2 * v + step.rest2 * g * g;
         // The square of a gradient above 1e19 overflows; infinity would poison the whole block.
         new_v = new_v < 3.40282347e+38f ? new_v : 3.40282347e+38f;
-        update = step.step_size * new_m / (sqrtf(new_v) * step.root + step.eps);
+        update = step.numbers.step_size * new_m / (sqrtf(new_v) * step.numbers.root + step.eps);
         finite = is_finite(g);
         exp_avg = finite ? new_m : m;
         exp_avg_sq = finite ? new_v : v;
@@ -73,9 +135,8 @@ public:
     static constexpr bool DITHERED = IS_BF16<P>;
 
     __device__ Parameters(const AdamTensor& tensor, const AdamShared& shared)
-        : key{{shared.key[0], shared.key[1]}, tensor.tensor_id, tensor.step},
-          stochastic(DITHERED && shared.stochastic != 0), param_(static_cast<P*>(tensor.param)),
-          grad_(static_cast<const G*>(tensor.grad)), keep_(tensor.keep) {}
+        : stochastic(DITHERED && shared.stochastic != 0), param_(static_cast<P*>(tensor.param)),
+          grad_(static_cast<const G*>(tensor.grad)) {}
 
     __device__ void load(i64 element, int left, float (&gradient)[4], float (&old)[4]) const {
         load_four(grad_ + element, left, gradient);
@@ -85,8 +146,8 @@ public:
         gradient = widen(grad_[element]);
         old = widen(param_[element]);
     }
-    __device__ float next(float old, const Adam& adam) const {
-        return adam.finite ? old * keep_ - adam.update : old;
+    __device__ float next(float old, const Adam& adam, float keep) const {
+        return adam.finite ? old * keep - adam.update : old;
     }
     __device__ void store(i64 element, int left, const float (&values)[4],
                           const u32 (&dithers)[4]) const {
@@ -101,7 +162,6 @@ public:
     __device__ void remember(i64, int, const float (&)[4]) const {}
     __device__ void remember(i64, float) const {}
 
-    Key key;
     bool stochastic;
 
 private:
@@ -113,7 +173,6 @@ private:
 
     P* param_;
     const G* grad_;
-    float keep_;
 };
 
 // Gradients that become updates without decay; zero where they are not finite. Where the gradient
@@ -140,7 +199,7 @@ public:
         else if (narrow_) old = widen(static_cast<const bf16*>(before_)[element]);
         else old = static_cast<const float*>(before_)[element];
     }
-    __device__ float next(float old, const Adam& adam) const {
+    __device__ float next(float old, const Adam& adam, float) const {
         if (!adam.finite) return 0.0f;
         return before_ ? -adam.update * friction_.of(old - adam.scaled) : -adam.update;
     }
@@ -163,7 +222,6 @@ public:
     }
     __device__ void store(i64 element, float value, u32) const { grad_[element] = value; }
 
-    Key key = {};
     bool stochastic = false;
 
 private:
@@ -192,7 +250,7 @@ __device__ __forceinline__ void step_quads(Quads& quads, const TARGET& target, c
         for (int j = 0; j < 4; ++j) {
             const Adam adam(quads.gradient[quad][j], quads.m[quad][j], quads.v[quad][j], step);
             const float old = quads.old[quad][j];
-            quads.old[quad][j] = target.next(old, adam);
+            quads.old[quad][j] = target.next(old, adam, step.numbers.keep);
             quads.gradient[quad][j] = adam.finite ? adam.scaled : old;
             quads.m[quad][j] = adam.exp_avg;
             quads.v[quad][j] = adam.exp_avg_sq;
@@ -201,7 +259,7 @@ __device__ __forceinline__ void step_quads(Quads& quads, const TARGET& target, c
     }
     u32 dithers[2][4] = {};
     if constexpr (TARGET::DITHERED)
-        if (target.stochastic) dithers_of_quads(target.key, tile.number(), exchange, dithers);
+        if (target.stochastic) dithers_of_quads(step.key, tile.number(), exchange, dithers);
 #pragma unroll
     for (int quad = 0; quad < 2; ++quad) {
         target.store(tile.element(quad), tile.left(quad, numel), quads.old[quad], dithers[quad]);
@@ -215,6 +273,8 @@ template <class TARGET>
 __device__ __forceinline__ void adamw_tile(const AdamTensor& tensor, const AdamShared& shared,
                                            const float* grad_scale, u64* nonfinite) {
     __shared__ __align__(16) u32 exchange[TARGET::DITHERED ? MAX_WARPS : 1][128];
+    __shared__ AdamNumbers numbers;
+    find_numbers(tensor, shared, numbers);
     const Tile tile(256, blockIdx.x - tensor.first_block);
     const TARGET target(tensor, shared);
     float* const exp_avg = static_cast<float*>(tensor.exp_avg);
@@ -229,7 +289,8 @@ __device__ __forceinline__ void adamw_tile(const AdamTensor& tensor, const AdamS
         load_four(exp_avg + element, left, quads.m[quad]);
         load_four(exp_avg_sq + element, left, quads.v[quad]);
     }
-    const AdamStep step(tensor, shared, grad_scale);
+    __syncthreads();
+    const AdamStep step(numbers, tensor, shared, grad_scale);
     step_quads(quads, target, step, tile, numel, exchange[TARGET::DITHERED ? tile.warp() : 0],
                nonfinite);
 #pragma unroll
@@ -261,7 +322,8 @@ template <int BITS, class TARGET>
 __device__ __forceinline__ void adamw_blockwise_tile(const AdamTensor& tensor,
                                                      const AdamShared& shared,
                                                      const float* grad_scale, u64* nonfinite,
-                                                     i64 block_size, u32* exchange) {
+                                                     i64 block_size, const AdamNumbers& numbers,
+                                                     u32* exchange) {
     __shared__ MomentMaps<BITS> maps;
     const Tile tile(block_size, blockIdx.x - tensor.first_block);
     const TARGET target(tensor, shared);
@@ -281,7 +343,7 @@ __device__ __forceinline__ void adamw_blockwise_tile(const AdamTensor& tensor,
         m_scale[quad] = left > 0 ? tensor.exp_avg_scale[tile.group(quad)] : 0.0f;
         v_scale[quad] = left > 0 ? tensor.exp_avg_sq_scale[tile.group(quad)] : 0.0f;
     }
-    maps.load();
+    maps.load(); // and with its barrier the numbers are there
 #pragma unroll
     for (int quad = 0; quad < 2; ++quad) {
 #pragma unroll
@@ -293,7 +355,7 @@ __device__ __forceinline__ void adamw_blockwise_tile(const AdamTensor& tensor,
             quads.v[quad][j] = here ? maps.decode_v.value(v) * v_scale[quad] : 0.0f;
         }
     }
-    const AdamStep step(tensor, shared, grad_scale);
+    const AdamStep step(numbers, tensor, shared, grad_scale);
     step_quads(quads, target, step, tile, numel, exchange, nonfinite);
     u32 largest[2][2] = {};
 #pragma unroll
@@ -332,12 +394,13 @@ template <int BITS, class TARGET>
 __device__ __forceinline__ void adamw_blockwise_run(const AdamTensor& tensor,
                                                     const AdamShared& shared,
                                                     const float* grad_scale, u64* nonfinite,
-                                                    i64 block_size, int team_size) {
+                                                    i64 block_size, int team_size,
+                                                    const AdamNumbers& numbers) {
     __shared__ MomentMaps<BITS> maps;
-    maps.load();
+    maps.load(); // and with its barrier the numbers are there
     const Team team(team_size, blockIdx.x - tensor.first_block);
     const TARGET target(tensor, shared);
-    const AdamStep step(tensor, shared, grad_scale);
+    const AdamStep step(numbers, tensor, shared, grad_scale);
     u8* const m_codes = static_cast<u8*>(tensor.exp_avg);
     u8* const v_codes = static_cast<u8*>(tensor.exp_avg_sq);
     const i64 numel = tensor.numel, first = team.number() * block_size;
@@ -369,7 +432,7 @@ __device__ __forceinline__ void adamw_blockwise_run(const AdamTensor& tensor,
         tensor.exp_avg_scale[team.number()] = m_block.scale;
         tensor.exp_avg_sq_scale[team.number()] = v_block.scale;
     }
-    Dithers dithers(target.key);
+    Dithers dithers(step.key);
     for (i64 turn = 0; turn < block_size; turn += team.size()) {
         const i64 element = first + turn + team.lane();
         const bool here = element < end;
@@ -378,7 +441,7 @@ __device__ __forceinline__ void adamw_blockwise_run(const AdamTensor& tensor,
             float old;
             const Adam adam = adam_at(element, old);
             const u32 dither = TARGET::DITHERED && target.stochastic ? dithers.at(element) : 0;
-            target.store(element, target.next(old, adam), dither);
+            target.store(element, target.next(old, adam, step.numbers.keep), dither);
             target.remember(element, adam.finite ? adam.scaled : old);
             m_stored = maps.encode_m.code(adam.exp_avg * m_block.inverse);
             v_stored = maps.encode_v.code(adam.exp_avg_sq * v_block.inverse);

@@ -61,6 +61,8 @@ def adamw_blockwise_direction(
     found_inf: Any | None = None,
     previous_grads: SupportsGetItem[int, Any] | None = None,
     friction: str | None = None,
+    lr_tensor: Any | None = None,
+    step_tensors: SupportsGetItem[int, Any] | None = None,
 ) -> None:
     """
     Turns float32 gradients into AdamW's update without decay, times minus the learning rate.
@@ -92,14 +94,18 @@ def adamw_blockwise_step(
     block_size: SupportsIndex,
     grad_scale_tensor: Any | None = None,
     found_inf: Any | None = None,
+    lr_tensor: Any | None = None,
+    step_tensors: SupportsGetItem[int, Any] | None = None,
 ) -> None:
     """
     Steps parameters in place by AdamW with moments of 8 or 4 bits.
 
     Elements whose gradient is not finite keep parameter and moments, and are added to `nonfinite`.
     Gradients are divided by `grad_scale` and, where it is given, by the one float32 of
-    `grad_scale_tensor`; where the one of `found_inf` is not zero nothing is written. Both are read
-    where the tensors are: nobody waits for a device.
+    `grad_scale_tensor`; where the one of `found_inf` is not zero nothing is written. The one float32
+    of `lr_tensor` takes the place of `lr`, and those of `step_tensors`, of which each tensor has
+    one, that of `steps`, which is empty then. All of them are read where the tensors are: nobody
+    waits for a device.
     """
 
 def adamw_direction(
@@ -118,6 +124,8 @@ def adamw_direction(
     found_inf: Any | None = None,
     previous_grads: SupportsGetItem[int, Any] | None = None,
     friction: str | None = None,
+    lr_tensor: Any | None = None,
+    step_tensors: SupportsGetItem[int, Any] | None = None,
 ) -> None:
     """
     `adamw_blockwise_direction` with float32 moments.
@@ -142,6 +150,8 @@ def adamw_step(
     seed: SupportsIndex,
     grad_scale_tensor: Any | None = None,
     found_inf: Any | None = None,
+    lr_tensor: Any | None = None,
+    step_tensors: SupportsGetItem[int, Any] | None = None,
 ) -> None:
     """
     Steps parameters in place by AdamW with float32 moments; see `adamw_blockwise_step`.

@@ -49,8 +49,9 @@ impl Hyper {
         check.value("grad_scale", ok, "positive and finite", self.grad_scale)
     }
 
+    /// The kernels compute these by the same operations in the same order (adamw.cuh).
     pub fn step(&self, count: u32, tensor_id: u32) -> Step {
-        let correction = |beta: f64| 1.0 - beta.powf(f64::from(count));
+        let correction = |beta: f64| 1.0 - power(beta, count);
         let sign = if self.maximize { -1.0 } else { 1.0 };
         Step {
             step_size: (self.lr / correction(self.beta1)) as f32,
@@ -65,6 +66,25 @@ impl Hyper {
             key: self.seed.map(|seed| Key::new(seed, Stream::Bfloat16, tensor_id, count)),
         }
     }
+}
+
+/// By repeated squaring: the C library's power differs between systems and devices.
+fn power(mut base: f64, mut exponent: u32) -> f64 {
+    let mut result = 1.0;
+    while exponent != 0 {
+        if exponent & 1 == 1 {
+            result *= base;
+        }
+        base *= base;
+        exponent >>= 1;
+    }
+    result
+}
+
+/// A counter as a number; below one, or without a value, it is taken for one, since nothing could
+/// refuse it on a device.
+pub fn count_of(counter: f32) -> u32 {
+    (counter as u32).max(1)
 }
 
 /// How much of a step is taken, by how much the gradient has changed since the step before:
@@ -152,6 +172,39 @@ impl States {
     }
 }
 
+/// How often each tensor was stepped, this time included.
+pub enum Steps {
+    Numbers(Vec<u32>),
+    /// One float32 each, read where the tensors are.
+    Counters(Vec<TensorView>),
+}
+
+impl Steps {
+    fn new(
+        check: Check,
+        numbers: Vec<u32>,
+        counters: Option<Vec<Arg>>,
+        of: &'static str,
+        targets: usize,
+    ) -> Result<Self> {
+        let Some(counters) = counters else {
+            check.length("steps", numbers.len(), of, targets)?;
+            let counted = numbers.iter().all(|&count| count > 0);
+            check.value("steps", counted, "at least 1", format!("{numbers:?}"))?;
+            return Ok(Self::Numbers(numbers));
+        };
+        let name = "step_tensors";
+        let got = format!("{numbers:?}");
+        check.value("steps", numbers.is_empty(), "empty where step_tensors are given", got)?;
+        let counters = check.inputs(name, counters)?;
+        check.length(name, counters.len(), of, targets)?;
+        for (i, counter) in counters.iter().enumerate() {
+            check.scalar((name, i), counter, DType::F32)?;
+        }
+        Ok(Self::Counters(counters))
+    }
+}
+
 /// The arguments of one step over a list of tensors.
 pub struct Call {
     pub op: &'static str,
@@ -159,8 +212,10 @@ pub struct Call {
     pub targets: Vec<TensorViewMut>,
     pub grads: Option<Vec<TensorView>>,
     pub states: States,
-    pub steps: Vec<u32>,
+    pub steps: Steps,
     pub tensor_ids: Vec<u32>,
+    /// One float32, the learning rate in place of the number's, read where the tensors are.
+    pub lr: Option<TensorView>,
     /// Of directions: the gradients of the step before, which become these.
     pub previous: Option<(Vec<TensorViewMut>, Friction)>,
     /// Increased by the number of gradient elements that are not finite.
@@ -178,6 +233,9 @@ pub struct Given {
     pub grads: Option<Vec<Arg>>,
     pub states: Result<States>,
     pub steps: Vec<u32>,
+    /// In place of `steps` and of the learning rate.
+    pub step_tensors: Option<Vec<Arg>>,
+    pub lr: Option<Arg>,
     pub tensor_ids: Vec<u32>,
     /// Together, or neither.
     pub previous: (Option<Vec<Arg>>, Option<String>),
@@ -194,7 +252,7 @@ fn names<'a, T>(name: &'static str, views: &'a [T]) -> impl Iterator<Item = (Nam
 impl Call {
     /// Checks everything, and finds the device.
     pub fn new(check: Check, given: Given) -> Result<(Self, Device)> {
-        let Given { steps, tensor_ids, hyper, .. } = given;
+        let Given { tensor_ids, hyper, .. } = given;
         let scalar = |name, arg: Option<Arg>| {
             let view = arg.map(|arg| check.input(name, arg)).transpose()?;
             view.iter().try_for_each(|view| check.scalar(name, view, DType::F32))?;
@@ -219,11 +277,10 @@ impl Call {
         let nonfinite = counter(check, given.nonfinite)?;
         let grad_scale = scalar("grad_scale_tensor", given.grad_scale)?;
         let found_inf = scalar("found_inf", given.found_inf)?;
+        let lr = scalar("lr_tensor", given.lr)?;
         hyper.check(check)?;
-        check.length("steps", steps.len(), name, targets.len())?;
+        let steps = Steps::new(check, given.steps, given.step_tensors, name, targets.len())?;
         check.length("tensor_ids", tensor_ids.len(), name, targets.len())?;
-        let counted = steps.iter().all(|&count| count > 0);
-        check.value("steps", counted, "at least 1", format!("{steps:?}"))?;
         states.check(check, &targets)?;
         check_targets(check, name, &targets, grads.as_deref())?;
         let call = Self {
@@ -233,6 +290,7 @@ impl Call {
             states,
             steps,
             tensor_ids,
+            lr,
             previous,
             nonfinite,
             grad_scale,
@@ -255,7 +313,13 @@ impl Call {
         let grads = self.grads.iter().flat_map(|grads| names("grads", grads));
         let grad_scale = self.grad_scale.iter().map(|view| ("grad_scale_tensor".into(), view));
         let found_inf = self.found_inf.iter().map(|view| ("found_inf".into(), view));
-        let read: Vec<(Name, &TensorView)> = grads.chain(grad_scale).chain(found_inf).collect();
+        let lr = self.lr.iter().map(|view| ("lr_tensor".into(), view));
+        let counters = match &self.steps {
+            Steps::Numbers(_) => &[][..],
+            Steps::Counters(views) => views,
+        };
+        let numbers = grad_scale.chain(found_inf).chain(lr).chain(names("step_tensors", counters));
+        let read: Vec<(Name, &TensorView)> = grads.chain(numbers).collect();
         one_device(check, &written, &read)
     }
 }
@@ -293,4 +357,41 @@ fn check_targets(
         check.contiguous(("grads", i), grad)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_those_of_the_formulas() {
+        for (beta1, beta2) in [(0.9, 0.999), (0.0, 0.95), (0.99, 0.999_999)] {
+            let (lr, eps, weight_decay) = (3e-4, 1e-8, 0.1);
+            let (maximize, grad_scale, seed) = (false, 1.0, None);
+            let hyper = Hyper { lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, seed };
+            for count in [1, 2, 3, 10, 999, 1000, 65_535, 100_000, 16_777_216, u32::MAX] {
+                let step = hyper.step(count, 0);
+                // Of the C library; 1 - beta^n without the digits that the difference loses.
+                let correction = |beta: f64| -(f64::from(count) * beta.ln()).exp_m1();
+                let want = [lr / correction(beta1), 1.0 / correction(beta2).sqrt()];
+                for (got, want) in [step.step_size, step.root].into_iter().zip(want) {
+                    // Half a unit in the last place of float32, and what float64 has lost before:
+                    // a beta of 0.999999 has 1 - beta with ten digits.
+                    let off = (f64::from(got) / want - 1.0).abs();
+                    assert!(off <= 6.1e-8, "{beta1} {beta2} {count}: {got} {want}");
+                }
+                assert_eq!(step.keep, (1.0 - lr * weight_decay) as f32);
+            }
+        }
+    }
+
+    #[test]
+    fn counters_are_numbers_from_one_on() {
+        let cases =
+            [(f32::NAN, 1), (-3.0, 1), (0.0, 1), (1.0, 1), (2.0, 2), (16_777_216.0, 1 << 24)];
+        for (counter, count) in cases {
+            assert_eq!(count_of(counter), count);
+        }
+        assert_eq!(count_of(f32::INFINITY), u32::MAX);
+    }
 }

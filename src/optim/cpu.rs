@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::call::{Call, Friction, States, Step};
+use super::call::{Call, Friction, Hyper, States, Step, Steps, count_of};
 use crate::cpu::threads::Threads;
 use crate::error::{Error, Result};
 use crate::multiversion;
@@ -180,6 +180,8 @@ pub fn adamw(call: &mut Call, threads: Threads) -> Result<()> {
         return Ok(());
     }
     let grad_scale = call.grad_scale.as_ref().map_or(1.0, number);
+    let lr = call.lr.as_ref().map_or(call.hyper.lr, |view| f64::from(number(view)));
+    let hyper = Hyper { lr, ..call.hyper };
     // SAFETY: all views are contiguous, on the CPU, of the checked dtypes and shapes, and no
     // written one overlaps any other.
     let moments = unsafe { moments(&mut call.states) };
@@ -204,7 +206,11 @@ pub fn adamw(call: &mut Call, threads: Threads) -> Result<()> {
             }
         };
         let target = target.ok_or(Error::Unsupported { op: call.op, device, dtype })?;
-        let mut step = call.hyper.step(call.steps[i], call.tensor_ids[i]);
+        let count = match &call.steps {
+            Steps::Numbers(counts) => counts[i],
+            Steps::Counters(views) => count_of(number(&views[i])),
+        };
+        let mut step = hyper.step(count, call.tensor_ids[i]);
         step.factor /= grad_scale;
         items.push(Item { target, moments, step });
     }

@@ -1,14 +1,33 @@
 //! AdamW steps on CUDA devices: one launch for each pair of dtypes, whatever the number of tensors.
 
-use super::call::{Call, Friction, States};
+use super::call::{Call, Friction, States, Step, Steps};
 use crate::cuda::list::{Entry, Part, parts};
 use crate::cuda::{Args, Module, Parameter, Shape, Stream};
 use crate::error::Result;
 use crate::quant::blocks::{self, Cut, EACH};
 use crate::tensor::DType;
 
+/// The numbers of one tensor's step.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct AdamNumbers {
+    step: u32,
+    step_size: f32,
+    root: f32,
+    keep: f32,
+}
+
+/// The numbers, or where the device finds the one that it computes them from.
+#[derive(Clone, Copy)]
+#[repr(C)]
+union AdamCount {
+    numbers: AdamNumbers,
+    /// An address, and nothing.
+    counter: [u64; 2],
+}
+
 /// A tensor as the kernels take it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct AdamTensor {
     /// Of a direction the gradient of the step before, or null.
@@ -23,10 +42,7 @@ struct AdamTensor {
     numel: i64,
     first_block: u32,
     tensor_id: u32,
-    step: u32,
-    step_size: f32,
-    root: f32,
-    keep: f32,
+    count: AdamCount,
 }
 
 // SAFETY: 80 bytes without padding, as the kernels' `AdamTensor`.
@@ -38,6 +54,21 @@ impl Entry for AdamTensor {
     fn set_first_block(&mut self, blocks: u32) {
         self.first_block = blocks;
     }
+}
+
+/// What the device computes the numbers of a step from where the host does not know them.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct AdamRates {
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    weight_decay: f64,
+    /// In place of `lr`, unless null.
+    lr_at: *const u8,
+    /// Whether tensors have counters.
+    counted: i32,
+    unused: i32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,9 +85,10 @@ struct AdamShared {
     friction: Friction,
     /// Whether gradients of the step before are bfloat16.
     narrow: i32,
+    rates: AdamRates,
 }
 
-// SAFETY: 56 bytes without padding, as the kernels' `AdamShared`.
+// SAFETY: 104 bytes without padding, as the kernels' `AdamShared`.
 unsafe impl Parameter for AdamShared {
     const KIND: u8 = b's';
 }
@@ -156,8 +188,14 @@ fn entry(call: &mut Call, i: usize) -> AdamTensor {
             [m[i].ptr_mut(), v[i].ptr_mut(), ms[i].ptr_mut(), vs[i].ptr_mut()]
         }
     };
-    let (step, tensor_id) = (call.steps[i], call.tensor_ids[i]);
-    let numbers = call.hyper.step(step, tensor_id);
+    let tensor_id = call.tensor_ids[i];
+    let count = match &call.steps {
+        Steps::Counters(views) => AdamCount { counter: [views[i].ptr() as u64, 0] },
+        Steps::Numbers(counts) => {
+            let Step { step_size, root, keep, .. } = call.hyper.step(counts[i], tensor_id);
+            AdamCount { numbers: AdamNumbers { step: counts[i], step_size, root, keep } }
+        }
+    };
     AdamTensor {
         param,
         grad,
@@ -168,10 +206,7 @@ fn entry(call: &mut Call, i: usize) -> AdamTensor {
         numel,
         first_block: 0,
         tensor_id,
-        step,
-        step_size: numbers.step_size,
-        root: numbers.root,
-        keep: numbers.keep,
+        count,
     }
 }
 
@@ -228,6 +263,15 @@ fn launch(
         stochastic: i32::from(step.key.is_some()),
         friction: friction.unwrap_or(Friction { mask: 0, slope: 0.0, height: 0.0, base: 0.0 }),
         narrow: i32::from(narrow),
+        rates: AdamRates {
+            lr: call.hyper.lr,
+            beta1: call.hyper.beta1,
+            beta2: call.hyper.beta2,
+            weight_decay: call.hyper.weight_decay,
+            lr_at: call.lr.as_ref().map_or(std::ptr::null(), |view| view.ptr()),
+            counted: i32::from(matches!(call.steps, Steps::Counters(_))),
+            unused: 0,
+        },
     };
     for Part { entries, blocks } in parts {
         let args = Args::new()
@@ -258,7 +302,13 @@ mod tests {
     fn structures_have_the_kernels_layout() {
         assert_eq!(size_of::<AdamTensor>(), 80);
         assert_eq!(std::mem::offset_of!(AdamTensor, first_block), 56);
-        assert_eq!(std::mem::offset_of!(AdamTensor, keep), 76);
-        assert_eq!(size_of::<AdamShared>(), 56);
+        assert_eq!(std::mem::offset_of!(AdamTensor, count), 64);
+        assert_eq!(size_of::<AdamShared>(), 104);
+        assert_eq!(std::mem::offset_of!(AdamShared, rates), 56);
+        // The longest argument list of a driver, and that of one before CUDA 12.1.
+        for (capacity, most) in [(400, 32_764), (48, 4096)] {
+            let others = 8 + size_of::<AdamShared>() + 3 * 8 + 8 + 2 * 4;
+            assert!(capacity * size_of::<AdamTensor>() + others <= most);
+        }
     }
 }

@@ -19,13 +19,16 @@ fn step(py: Python<'_>, op: &'static str, given: Given) -> PyResult<()> {
 ///
 /// Elements whose gradient is not finite keep parameter and moments, and are added to `nonfinite`.
 /// Gradients are divided by `grad_scale` and, where it is given, by the one float32 of
-/// `grad_scale_tensor`; where the one of `found_inf` is not zero nothing is written. Both are read
-/// where the tensors are: nobody waits for a device.
+/// `grad_scale_tensor`; where the one of `found_inf` is not zero nothing is written. The one float32
+/// of `lr_tensor` takes the place of `lr`, and those of `step_tensors`, of which each tensor has
+/// one, that of `steps`, which is empty then. All of them are read where the tensors are: nobody
+/// waits for a device.
 #[pyfunction]
 #[pyo3(signature = (
     params, grads, exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, steps,
     tensor_ids, nonfinite, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale,
-    stochastic_rounding, seed, bits, block_size, grad_scale_tensor=None, found_inf=None
+    stochastic_rounding, seed, bits, block_size, grad_scale_tensor=None, found_inf=None,
+    lr_tensor=None, step_tensors=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_blockwise_step(
@@ -52,6 +55,8 @@ pub fn adamw_blockwise_step(
     block_size: usize,
     grad_scale_tensor: Option<Arg>,
     found_inf: Option<Arg>,
+    lr_tensor: Option<Arg>,
+    step_tensors: Option<Vec<Arg>>,
 ) -> PyResult<()> {
     let op = "adamw_blockwise_step";
     let lists = [exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale];
@@ -64,6 +69,8 @@ pub fn adamw_blockwise_step(
         grads,
         states,
         steps,
+        step_tensors,
+        lr: lr_tensor,
         tensor_ids,
         previous: (None, None),
         nonfinite,
@@ -79,7 +86,7 @@ pub fn adamw_blockwise_step(
 #[pyo3(signature = (
     params, grads, exp_avg, exp_avg_sq, steps, tensor_ids, nonfinite, lr, beta1, beta2, eps,
     weight_decay, maximize, grad_scale, stochastic_rounding, seed, grad_scale_tensor=None,
-    found_inf=None
+    found_inf=None, lr_tensor=None, step_tensors=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_step(
@@ -102,6 +109,8 @@ pub fn adamw_step(
     seed: u64,
     grad_scale_tensor: Option<Arg>,
     found_inf: Option<Arg>,
+    lr_tensor: Option<Arg>,
+    step_tensors: Option<Vec<Arg>>,
 ) -> PyResult<()> {
     let op = "adamw_step";
     let states = States::floats(Check { op }, [exp_avg, exp_avg_sq]);
@@ -113,6 +122,8 @@ pub fn adamw_step(
         grads,
         states,
         steps,
+        step_tensors,
+        lr: lr_tensor,
         tensor_ids,
         previous: (None, None),
         nonfinite,
@@ -131,7 +142,7 @@ pub fn adamw_step(
 #[pyo3(signature = (
     grads, exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, steps, nonfinite,
     lr, beta1, beta2, eps, maximize, grad_scale, bits, block_size, grad_scale_tensor=None,
-    found_inf=None, previous_grads=None, friction=None
+    found_inf=None, previous_grads=None, friction=None, lr_tensor=None, step_tensors=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_blockwise_direction(
@@ -155,18 +166,22 @@ pub fn adamw_blockwise_direction(
     found_inf: Option<Arg>,
     previous_grads: Option<Vec<Arg>>,
     friction: Option<String>,
+    lr_tensor: Option<Arg>,
+    step_tensors: Option<Vec<Arg>>,
 ) -> PyResult<()> {
     let op = "adamw_blockwise_direction";
     let lists = [exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale];
     let states = States::codes(Check { op }, lists, bits, block_size);
     let hyper =
         Hyper { lr, beta1, beta2, eps, weight_decay: 0.0, maximize, grad_scale, seed: None };
-    let (tensor_ids, grad_scale) = (vec![0; steps.len()], grad_scale_tensor);
+    let (tensor_ids, grad_scale) = (vec![0; grads.len()], grad_scale_tensor);
     let given = Given {
         targets: grads,
         grads: None,
         states,
         steps,
+        step_tensors,
+        lr: lr_tensor,
         tensor_ids,
         previous: (previous_grads, friction),
         nonfinite,
@@ -181,7 +196,8 @@ pub fn adamw_blockwise_direction(
 #[pyfunction]
 #[pyo3(signature = (
     grads, exp_avg, exp_avg_sq, steps, nonfinite, lr, beta1, beta2, eps, maximize, grad_scale,
-    grad_scale_tensor=None, found_inf=None, previous_grads=None, friction=None
+    grad_scale_tensor=None, found_inf=None, previous_grads=None, friction=None, lr_tensor=None,
+    step_tensors=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_direction(
@@ -201,17 +217,21 @@ pub fn adamw_direction(
     found_inf: Option<Arg>,
     previous_grads: Option<Vec<Arg>>,
     friction: Option<String>,
+    lr_tensor: Option<Arg>,
+    step_tensors: Option<Vec<Arg>>,
 ) -> PyResult<()> {
     let op = "adamw_direction";
     let states = States::floats(Check { op }, [exp_avg, exp_avg_sq]);
     let hyper =
         Hyper { lr, beta1, beta2, eps, weight_decay: 0.0, maximize, grad_scale, seed: None };
-    let (tensor_ids, grad_scale) = (vec![0; steps.len()], grad_scale_tensor);
+    let (tensor_ids, grad_scale) = (vec![0; grads.len()], grad_scale_tensor);
     let given = Given {
         targets: grads,
         grads: None,
         states,
         steps,
+        step_tensors,
+        lr: lr_tensor,
         tensor_ids,
         previous: (previous_grads, friction),
         nonfinite,

@@ -71,17 +71,13 @@ impl Check {
     }
 
     /// A tensor of one element, whatever its number of dimensions.
-    pub fn scalar(&self, name: &'static str, t: &TensorView, want: DType) -> Result<()> {
+    pub fn scalar(&self, name: impl Into<Name>, t: &TensorView, want: DType) -> Result<()> {
+        let name = name.into();
         self.dtype(name, t, want)?;
         if t.numel() == 1 {
             return Ok(());
         }
-        Err(Error::Rank {
-            op: self.op,
-            name: name.into(),
-            expected: "one element",
-            got: t.shape().to_vec(),
-        })
+        Err(Error::Rank { op: self.op, name, expected: "one element", got: t.shape().to_vec() })
     }
 
     /// The shape of a matrix.

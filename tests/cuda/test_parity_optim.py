@@ -62,6 +62,17 @@ def full():
     return {**common(), **ids, "weight_decay": 0.1, "seed": 1 << 40}
 
 
+#: Of a step that a graph records: several tensors at several points of their training.
+STEPS = [1.0, 2.0, 1000.0, 100_000.0, 16_777_216.0, 1.0, 65_535.0, 3.0]
+
+
+def counted(options, rate=True, steps=STEPS):
+    """The same, with steps and learning rate in tensors."""
+    counters = [torch.full([1] * (i % 2), step) for i, step in enumerate(steps)]
+    rates = {"lr": torch.tensor(3e-3)} if rate else {}
+    return {**options, "steps": counters, **rates}
+
+
 #: What a gradient scaler hands over, and numbers.
 SCALES = [
     {"grad_scale": 8.0, "maximize": True},
@@ -122,3 +133,41 @@ def test_directions_with_friction(parity, friction, dtype):
         layout = {"bits": bits, "block_size": size}
         states = codes(bits, size)
         parity(optim.adamw_blockwise_direction, grads, *states, **common(), **layout, **rubbed)
+
+
+@pytest.mark.parametrize(("param", "grad"), PAIRS)
+def test_steps_with_counters(parity, param, grad):
+    params, grads = [randn(shape, 7 + i, param) for i, shape in enumerate(SHAPES)], gradients(grad)
+    for options in ({}, *SCALES):
+        parity(optim.adamw_step, params, grads, *moments(), **counted(full()), **options)
+    for bits, size in LAYOUTS:
+        layout = {**counted(full()), "bits": bits, "block_size": size}
+        parity(optim.adamw_blockwise_step, params, grads, *codes(bits, size), **layout)
+    for options in SCALES:
+        parity(
+            optim.adamw_blockwise_step, params, grads, *codes(8, 256), **counted(full()), **options
+        )
+
+
+def test_counters_or_rates_alone_and_counters_of_nothing(parity):
+    params, grads = [randn(s, i) for i, s in enumerate(SHAPES)], gradients(torch.float32)
+    strange = [0.0, -1.0, float("nan"), 0.5, float("inf"), 1e12, 2.5, 4294967296.0]
+    for options in (
+        counted(full(), rate=False),
+        {**full(), "lr": torch.tensor([3e-3])},
+        counted(full(), steps=strange),
+    ):
+        parity(optim.adamw_step, params, grads, *moments(), **options)
+    assert torch.isfinite(torch.cat([p.flatten() for p in params])).all()
+
+
+def test_directions_with_counters(parity):
+    grads = gradients(torch.float32)
+    for options in ({}, *SCALES):
+        parity(optim.adamw_direction, grads, *moments(), **counted(common()), **options)
+    for bits, size in LAYOUTS:
+        layout = {**counted(common()), "bits": bits, "block_size": size}
+        parity(optim.adamw_blockwise_direction, grads, *codes(bits, size), **layout)
+    before = [randn(shape, 30 + i) for i, shape in enumerate(SHAPES)]
+    rubbed = {"previous_grads": before, "friction": "abs"}
+    parity(optim.adamw_direction, grads, *moments(), **counted(common()), **rubbed)

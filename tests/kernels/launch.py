@@ -52,13 +52,25 @@ class Key(ctypes.Structure):
     )
 
 
+class AdamNumbers(ctypes.Structure):
+    _fields_ = (
+        ("step", ctypes.c_uint32),
+        *((name, ctypes.c_float) for name in ("step_size", "root", "keep")),
+    )
+
+
+class AdamCount(ctypes.Union):
+    _fields_ = (("numbers", AdamNumbers), ("counter", ctypes.c_void_p))
+
+
 class AdamTensor(ctypes.Structure):
+    _anonymous_ = ("count",)
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
         *((name, ctypes.c_void_p) for name in ("exp_avg_scale", "exp_avg_sq_scale")),
         ("numel", ctypes.c_int64),
-        *((name, ctypes.c_uint32) for name in ("first_block", "tensor_id", "step")),
-        *((name, ctypes.c_float) for name in ("step_size", "root", "keep")),
+        *((name, ctypes.c_uint32) for name in ("first_block", "tensor_id")),
+        ("count", AdamCount),
     )
 
 
@@ -73,6 +85,14 @@ class Friction(ctypes.Structure):
     )
 
 
+class AdamRates(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "weight_decay")),
+        ("lr_at", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("counted", "unused")),
+    )
+
+
 class AdamShared(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("beta1", "beta2", "rest1", "rest2", "eps", "factor")),
@@ -80,6 +100,7 @@ class AdamShared(ctypes.Structure):
         ("stochastic", ctypes.c_int32),
         ("friction", Friction),
         ("narrow", ctypes.c_int32),
+        ("rates", AdamRates),
     )
 
 

@@ -37,6 +37,16 @@ def gradients(numel, seed):
     return g
 
 
+def numbers(step, decay):
+    """What the host computes of a step."""
+    return launch.AdamNumbers(
+        step,
+        HYPER["lr"] / (1 - HYPER["beta1"] ** step),
+        1 / (1 - HYPER["beta2"] ** step) ** 0.5,
+        1 - HYPER["lr"] * decay,
+    )
+
+
 class Case:
     """Tensors of one call. Without `bits` the moments are float32; without `param` a direction."""
 
@@ -67,11 +77,13 @@ class Case:
         target = grads if self.param is None else params
         return [("target", target), *((f"state {i}", s) for i, s in enumerate(states))], int(count)
 
-    def on_cpu(self, decay=0.1, stochastic=True, maximize=False, grad_scale=1.0):
+    def on_cpu(self, decay=0.1, stochastic=True, maximize=False, grad_scale=1.0, rate=False):
         params, grads, states = self.copies(Guarded())
         count = counter()
         keywords = {**HYPER, "steps": self.steps, "nonfinite": count, "maximize": maximize}
         keywords["grad_scale"] = grad_scale
+        if rate:
+            keywords["lr"] = torch.tensor(HYPER["lr"])
         if self.bits is not None:
             keywords |= {"bits": self.bits, "block_size": self.size}
         kind = "adamw" if self.bits is None else "adamw_blockwise"
@@ -93,11 +105,15 @@ class Case:
         found_inf=None,
         any_size=None,
         offset=0,
+        counted=False,
+        rate=False,
     ):
         guard, count = Guarded(), counter()
         params, grads, states = self.copies(guard, offset)
         arguments, blocks = launch.AdamList(), 0
         shape = Shape(256, 8) if self.bits is None else Shape(self.size, self.bits, any_size)
+        counters = torch.tensor(self.steps, dtype=torch.float32)
+        lr = torch.tensor([HYPER["lr"]])
         m, m_scale, v, v_scale = states if self.bits else [states[0], None, states[1], None]
         for i, numel in enumerate(self.numels):
             entry = arguments.tensors[i]
@@ -110,10 +126,13 @@ class Case:
                     address(v_scale[i]),
                 )
             entry.numel, entry.first_block = numel, blocks
-            entry.tensor_id, entry.step = self.ids[i], self.steps[i]
-            entry.step_size = HYPER["lr"] / (1 - HYPER["beta1"] ** self.steps[i])
-            entry.root = 1 / (1 - HYPER["beta2"] ** self.steps[i]) ** 0.5
-            entry.keep = 1 - HYPER["lr"] * decay
+            entry.tensor_id = self.ids[i]
+            if counted:
+                entry.counter = address(counters[i])
+            elif rate:
+                entry.numbers.step = self.steps[i]
+            else:
+                entry.numbers = numbers(self.steps[i], decay)
             blocks += shape.blocks(numel)
         shared = launch.AdamShared(
             HYPER["beta1"],
@@ -125,6 +144,12 @@ class Case:
             (ctypes.c_uint32 * 2)(*launch.key_words(SEED, 1)),
             int(stochastic),
         )
+        if counted or rate:
+            numbers_of_device = (HYPER["lr"], HYPER["beta1"], HYPER["beta2"], decay)
+            shared.rates = launch.AdamRates(*numbers_of_device, None, int(counted))
+        if rate:
+            # What is not to be read where the device has it.
+            shared.rates.lr, shared.rates.lr_at = float("nan"), address(lr)
         kind = "adamw" if self.bits is None else "adamw_blockwise"
         extra = [] if self.bits is None else [self.size, self.bits, *shape.extra]
         if self.param is None:
@@ -147,6 +172,7 @@ class Case:
         got, got_count = self.by_kernel(
             order, any_size=any_size, offset=offset, grad_scale=scale, **options
         )
+        options.pop("counted", None)
         want, count = self.on_cpu(grad_scale=1.0 if scale is None else scale.item(), **options)
         about = (self.param, self.grad, self.bits, self.size, order)
         for (what, a), (_, b) in zip(got, want, strict=True):
@@ -198,6 +224,17 @@ def test_options(param, bits):
     case.check(ORDERS[0], offset=1, decay=0.0)
     if bits:
         case.check(ORDERS[1], any_size=True)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("param", ["f32", "bf16", None])
+@pytest.mark.parametrize(("counted", "rate"), [(True, False), (False, True), (True, True)])
+def test_numbers_of_the_device(param, bits, counted, rate):
+    """The host gives where counters and learning rate are; the step's numbers have its bits."""
+    orders = itertools.cycle(ORDERS)
+    for steps, size in itertools.product((1, 2, 1000, 100_000), (64, 34) if bits else (64,)):
+        case = Case([700, 0, 31, 2100], param or "f32", param, bits, size, steps)
+        case.check(next(orders), counted=counted, rate=rate)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -266,7 +303,7 @@ def test_elements_beyond_32_bits(size):
     entry.exp_avg_sq_scale = address(scales[1]) - 4 * (first // size)
     # The subtraction of the first block wraps, so that the launch begins at block 2^31.
     entry.numel, entry.first_block = first + count, (1 << 32) - blocks
-    entry.tensor_id, entry.step, entry.step_size, entry.root, entry.keep = 6, 9, 0.0, 1.0, 0.999
+    entry.tensor_id, entry.numbers = 6, launch.AdamNumbers(9, 0.0, 1.0, 0.999)
     key = launch.key_words(SEED, 1)
     shared = launch.AdamShared(
         0.9, 0.99, 1 - 0.9, 1 - 0.99, 1e-8, 1.0, (ctypes.c_uint32 * 2)(*key), 1

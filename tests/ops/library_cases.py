@@ -169,7 +169,11 @@ def adamw_cases(*, blockwise=False, direction=False):
             ]
             moments = [[pair[i] for pair in pairs] for pairs in coded for i in (0, 1)]
         counter = torch.zeros(1, dtype=torch.int64)
-        options = {"steps": [3, 4], "nonfinite": counter, **HYPER, **options}
+        steps = {"steps": [3, 4]}
+        if dtype == torch.float16:
+            counters = [torch.tensor(3.0), torch.tensor(4.0)]
+            steps = {"steps": [], "step_tensors": counters, "lr_tensor": torch.tensor(2e-2)}
+        options = {**steps, "nonfinite": counter, **HYPER, **options}
         if direction:
             yield (grads, *moments), options
             continue
@@ -282,6 +286,8 @@ def plain_svd(x, rank, *, n_iter=2, oversample=8, seed=0):
 
 def plain_adamw(step):
     def run(*lists, grad_scale=1.0, grad_scale_tensor=None, **kwargs):
+        for name, tensors in (("lr", "lr_tensor"), ("steps", "step_tensors")):
+            kwargs[name] = kwargs.pop(tensors, kwargs[name])
         scale = grad_scale if grad_scale_tensor is None else grad_scale_tensor
         step(*lists, grad_scale=scale, **kwargs)
 

@@ -229,6 +229,84 @@ def test_friction_spares_what_is_not_finite_and_checks_its_arguments():
     assert nonfinite.item() == 3
 
 
+POINTS = [1, 2, 3, 1000, 65_535, 100_000, 16_777_216]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counters_and_rates_in_tensors_give_the_bits_of_numbers(dtype):
+    lr = torch.tensor(1e-2)
+    forms = [
+        {"steps": POINTS, "lr": lr.item()},
+        {"steps": [torch.tensor(float(n)) for n in POINTS], "lr": lr.item()},
+        {"steps": POINTS, "lr": lr},
+        {"steps": [torch.tensor([float(n)]) for n in POINTS], "lr": lr.view(1)},
+    ]
+    results = []
+    for form in forms:
+        g = torch.Generator().manual_seed(0)
+        count, nonfinite = len(POINTS), torch.zeros(1, dtype=torch.int64)
+        params = [torch.randn(300, generator=g).to(dtype) for _ in range(count)]
+        grads = [torch.randn(300, generator=g) for _ in range(count)]
+        m, v = ([torch.rand(300, generator=g) for _ in range(count)] for _ in range(2))
+        states = [list(x) for x in zip(*(eight_bit((300,)) for _ in range(count)), strict=True)]
+        options = {**FULL, **form, "tensor_ids": range(count), "nonfinite": nonfinite}
+        kernels.adamw_step(params, grads, m, v, **options)
+        kernels.adamw_blockwise_step(params, grads, *states, **options)
+        del options["tensor_ids"], options["weight_decay"]
+        kernels.adamw_direction(grads, m, v, **options)
+        kernels.adamw_blockwise_direction(grads, *states, **options)
+        results.append([*params, *grads, *m, *v, *(t for s in states for t in s)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not torch.equal(results[0][0], results[0][1])
+
+
+@given(
+    step=st.sampled_from(POINTS) | st.integers(1, 1 << 32),
+    lr=st.floats(1e-8, 10.0),
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.95), (0.99, 0.999999)]),
+)
+def test_bias_corrections_against_float64(step, lr, betas):
+    """With moments that are the gradient's, the update is the rate over both corrections."""
+    step = min(step, (1 << 32) - 1)
+    update, m, v = torch.ones(1), torch.ones(1), torch.ones(1)
+    nonfinite, eps = torch.zeros(1, dtype=torch.int64), 1e-8
+    hyper = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps}
+    kernels.adamw_direction([update], [m], [v], steps=[step], nonfinite=nonfinite, **hyper)
+    first, second = (-np.expm1(step * np.log(beta)) if beta else 1.0 for beta in betas)
+    exact = -lr / first / (1 / np.sqrt(second) + eps)
+    # Two roundings in numbers of the step, and of four operations; the second moment's is as much.
+    assert update.item() == pytest.approx(exact, rel=8 * 2.0**-24)
+
+
+def test_counters_are_checked():
+    p, m, v = torch.ones(4), torch.zeros(4), torch.zeros(4)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    one = torch.ones(())
+
+    def call(**options):
+        options = {**FULL, "steps": [one], **options}
+        kernels.adamw_step(
+            [p], [p.clone()], [m], [v], tensor_ids=[0], nonfinite=nonfinite, **options
+        )
+
+    for message, options in {
+        r"adamw_step: step_tensors\[0\] must have one element": {"steps": [torch.ones(2)]},
+        r"adamw_step: step_tensors\[0\] must have dtype float32": {"steps": [one.double()]},
+        r"adamw_step: step_tensors must hold 1 tensors.* got 2": {"steps": [one, one]},
+        r"adamw_step: step_tensors\[1\] must be a tensor": {"steps": [one, 1]},
+        r"adamw_step: lr_tensor must have dtype float32": {"lr": one.bfloat16()},
+        r"adamw_step: lr_tensor must have one element": {"lr": torch.ones(2)},
+        r"adamw_step: params\[0\] is written and shares memory": {"lr": p[:1]},
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(**options)
+    assert (p == 1).all()
+    assert one == 1
+    call()
+    assert (p < 1).all()
+
+
 def test_arguments_are_checked_before_anything_is_written():
     p, m, v = torch.ones(4), torch.zeros(4), torch.zeros(4)
     common = {"steps": [1], "tensor_ids": [0], "nonfinite": torch.zeros(1, dtype=torch.int64)}

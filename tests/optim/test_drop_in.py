@@ -216,6 +216,8 @@ MAKERS = [
     diffgrad4bit,
     diffgrad_int8,
 ]
+#: What CUDA graphs can record.
+CAPTURABLE = [adamw8bit, adamw4bit, adamw32bit, adamw4bit_class]
 every = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
@@ -517,7 +519,12 @@ def test_invalid_options(options, message):
         gradpress.optim.QGaLoreAdamW([nn.Parameter(torch.ones(2))], **options)
 
 
+@every
 @pytest.mark.parametrize("flag", ["capturable", "differentiable"])
-def test_unsupported_flags(flag):
+def test_unsupported_flags(make, flag):
+    if flag == "capturable" and make in CAPTURABLE:
+        _, optimizer = setup(make, capturable=True)
+        assert optimizer.param_groups[0]["capturable"]
+        return
     with pytest.raises(NotImplementedError, match=f"{flag} must be False"):
-        gradpress.optim.AdamW8bit([nn.Parameter(torch.ones(2))], **{flag: True})
+        setup(make, **{flag: True})

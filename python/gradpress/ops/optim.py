@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -10,6 +11,7 @@ from gradpress import _core
 from gradpress.ops._arrays import written
 
 Tensors = Sequence[torch.Tensor]
+Steps = Sequence[int] | Tensors
 
 
 def _scales(grad_scale: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
@@ -17,6 +19,18 @@ def _scales(grad_scale: float | torch.Tensor) -> tuple[float, torch.Tensor | Non
     if isinstance(grad_scale, torch.Tensor):
         return 1.0, grad_scale
     return grad_scale, None
+
+
+def _rate(lr: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """The learning rate as a number, or as what only the device knows."""
+    return (0.0, lr) if isinstance(lr, torch.Tensor) else (lr, None)
+
+
+def _counts(steps: Steps) -> tuple[Sequence[int], Tensors | None]:
+    """The steps as numbers, or as counters on the device."""
+    if any(isinstance(step, torch.Tensor) for step in steps):
+        return [], cast(Tensors, steps)
+    return cast("Sequence[int]", steps), None
 
 
 def adamw_blockwise_step(
@@ -27,10 +41,10 @@ def adamw_blockwise_step(
     exp_avg_sq_codes: Tensors,
     exp_avg_sq_scale: Tensors,
     *,
-    steps: Sequence[int],
+    steps: Steps,
     tensor_ids: Sequence[int],
     nonfinite: torch.Tensor,
-    lr: float,
+    lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -53,18 +67,21 @@ def adamw_blockwise_step(
         exp_avg_scale: float32, one for each block of a moment.
         exp_avg_sq_codes: uint8: second moments in the unsigned map.
         exp_avg_sq_scale: float32, one for each block of a moment.
-        steps: How often each parameter was stepped, this time included.
+        steps: How often each parameter was stepped, this time included: numbers from 1 on, or a
+            float32 tensor of one element for each on the tensors' device, of which values below 1
+            are taken for 1.
         tensor_ids: Key of each parameter's random numbers.
         nonfinite: int64 of one element, increased by the number of gradient elements that are NaN
             or infinite; parameter and moments keep their values there.
-        lr: Learning rate.
+        lr: Learning rate: a number, or a float32 tensor of one element on the tensors' device.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the denominator.
         weight_decay: Decoupled decay, times the learning rate.
         maximize: Ascend.
         grad_scale: Gradients are divided by it: a number, or a float32 tensor of one element on
-            the tensors' device, as `torch.amp.GradScaler` sets it. Nobody waits for its value.
+            the tensors' device, as `torch.amp.GradScaler` sets it. Nobody waits for the values of
+            tensors, which give the bits that the same numbers give.
         found_inf: float32 of one element on the tensors' device: where it is not zero nothing is
             written.
         stochastic_rounding: How bfloat16 parameters are rounded.
@@ -77,11 +94,13 @@ def adamw_blockwise_step(
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
     number, tensor = _scales(grad_scale)
+    lr, lr_tensor = _rate(lr)
+    counts, step_tensors = _counts(steps)
     _core.adamw_blockwise_step(
         params,
         grads,
         *states,
-        steps,
+        counts,
         tensor_ids,
         nonfinite,
         lr,
@@ -97,6 +116,8 @@ def adamw_blockwise_step(
         block_size,
         tensor,
         found_inf,
+        lr_tensor,
+        step_tensors,
     )
     written(t for tensors in (params, *states) for t in tensors)
 
@@ -107,10 +128,10 @@ def adamw_step(
     exp_avg: Tensors,
     exp_avg_sq: Tensors,
     *,
-    steps: Sequence[int],
+    steps: Steps,
     tensor_ids: Sequence[int],
     nonfinite: torch.Tensor,
-    lr: float,
+    lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -123,12 +144,14 @@ def adamw_step(
 ) -> None:
     """:func:`adamw_blockwise_step` with float32 moments `exp_avg` and `exp_avg_sq`."""
     number, tensor = _scales(grad_scale)
+    lr, lr_tensor = _rate(lr)
+    counts, step_tensors = _counts(steps)
     _core.adamw_step(
         params,
         grads,
         exp_avg,
         exp_avg_sq,
-        steps,
+        counts,
         tensor_ids,
         nonfinite,
         lr,
@@ -142,6 +165,8 @@ def adamw_step(
         seed,
         tensor,
         found_inf,
+        lr_tensor,
+        step_tensors,
     )
     written(t for tensors in (params, exp_avg, exp_avg_sq) for t in tensors)
 
@@ -153,9 +178,9 @@ def adamw_blockwise_direction(
     exp_avg_sq_codes: Tensors,
     exp_avg_sq_scale: Tensors,
     *,
-    steps: Sequence[int],
+    steps: Steps,
     nonfinite: torch.Tensor,
-    lr: float,
+    lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -177,10 +202,12 @@ def adamw_blockwise_direction(
     """
     states = (exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
     number, tensor = _scales(grad_scale)
+    lr, lr_tensor = _rate(lr)
+    counts, step_tensors = _counts(steps)
     _core.adamw_blockwise_direction(
         grads,
         *states,
-        steps,
+        counts,
         nonfinite,
         lr,
         beta1,
@@ -194,6 +221,8 @@ def adamw_blockwise_direction(
         found_inf,
         previous_grads,
         friction,
+        lr_tensor,
+        step_tensors,
     )
     written(t for tensors in (grads, *states, previous_grads or []) for t in tensors)
 
@@ -203,9 +232,9 @@ def adamw_direction(
     exp_avg: Tensors,
     exp_avg_sq: Tensors,
     *,
-    steps: Sequence[int],
+    steps: Steps,
     nonfinite: torch.Tensor,
-    lr: float,
+    lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -217,11 +246,13 @@ def adamw_direction(
 ) -> None:
     """:func:`adamw_blockwise_direction` with float32 moments."""
     number, tensor = _scales(grad_scale)
+    lr, lr_tensor = _rate(lr)
+    counts, step_tensors = _counts(steps)
     _core.adamw_direction(
         grads,
         exp_avg,
         exp_avg_sq,
-        steps,
+        counts,
         nonfinite,
         lr,
         beta1,
@@ -233,5 +264,7 @@ def adamw_direction(
         found_inf,
         previous_grads,
         friction,
+        lr_tensor,
+        step_tensors,
     )
     written(t for tensors in (grads, exp_avg, exp_avg_sq, previous_grads or []) for t in tensors)

@@ -19,7 +19,11 @@ FLOATS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamHyper(NamedTuple):
-    """The numbers of one Adam step that a whole list of tensors shares."""
+    """The numbers of one Adam step that a whole list of tensors shares.
+
+    With `on_device` the kernels read the steps, and `rate` unless it is None, where the tensors
+    are; where there is a `rate`, `lr` is not a number.
+    """
 
     lr: float
     beta1: float
@@ -33,6 +37,8 @@ class AdamHyper(NamedTuple):
     seed: int
     state_bits: int
     block_size: int
+    on_device: bool = False
+    rate: torch.Tensor | None = None
 
     @classmethod
     def of(cls, group: dict[str, Any], scale: Scale) -> AdamHyper:
@@ -52,6 +58,15 @@ class AdamHyper(NamedTuple):
             state_bits=group["state_bits"],
             block_size=state_block_size(group),
         )
+
+    @classmethod
+    def on(cls, device: torch.device, group: dict[str, Any], scale: Scale) -> AdamHyper:
+        """The numbers of a group that is `capturable`, of which the host reads none on a device."""
+        lr = group["lr"]
+        if not isinstance(lr, torch.Tensor) or lr.device.type == "cpu" != device.type:
+            return cls.of(group, scale)._replace(on_device=True)
+        rate = lr.detach().to(device, torch.float32, non_blocking=True)
+        return cls.of({**group, "lr": math.nan}, scale)._replace(on_device=True, rate=rate)
 
 
 def released_form(hyper: AdamHyper, step: int) -> AdamHyper:
@@ -167,9 +182,9 @@ def _shared(
     names: tuple[str, ...], batch: Batch, hyper: AdamHyper, nonfinite: torch.Tensor
 ) -> dict[str, Any]:
     shared = {
-        "steps": [int(s["step"].item()) for s in batch.states],
+        "steps": [s["step"] if hyper.on_device else int(s["step"].item()) for s in batch.states],
         "nonfinite": nonfinite,
-        "lr": hyper.lr,
+        "lr": hyper.lr if hyper.rate is None else hyper.rate,
         "beta1": hyper.beta1,
         "beta2": hyper.beta2,
         "eps": hyper.eps,

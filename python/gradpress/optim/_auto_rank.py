@@ -54,6 +54,9 @@ class AutoRankOptimizer(AdamW8bit):
             ranks.
     """
 
+    _NOT_CAPTURABLE: ClassVar[str | None] = (
+        "the host decides by its count of steps when a projection is found anew"
+    )
     #: Whether projections follow the gradient's energy, so that it can decide about the rank.
     _FOLLOWS_ENERGY: ClassVar[bool] = False
 

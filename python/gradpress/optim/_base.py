@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch.optim.optimizer import ParamsT
 
+from gradpress.optim._capture import is_capturing
 from gradpress.optim._reporting import ReportingOptimizer
 from gradpress.optim._scaling import OpenStep, Scale, stays_on_device
 from gradpress.optim._sharded import Shard, is_sharded
@@ -36,6 +37,8 @@ class LowBitOptimizer(ReportingOptimizer):
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset()
     #: Of these the ones that stay with the host, which decides by them.
     _ON_HOST: ClassVar[frozenset[str]] = frozenset()
+    #: Why steps cannot be recorded in CUDA graphs; None where they can.
+    _NOT_CAPTURABLE: ClassVar[str | None] = "steps are counted on the host"
     #: Whether `_step_group` may be given a part of the rows of parameters.
     _STEPS_SHARDS: ClassVar[bool] = False
 
@@ -78,9 +81,9 @@ class LowBitOptimizer(ReportingOptimizer):
                 f"{type(self).__name__}: differentiable must be False; the fused kernels cannot be"
                 " differentiated"
             )
-        if group["capturable"]:
+        if group["capturable"] and self._NOT_CAPTURABLE is not None:
             raise NotImplementedError(
-                f"{type(self).__name__}: capturable must be False; steps are counted on the host"
+                f"{type(self).__name__}: capturable must be False; {self._NOT_CAPTURABLE}"
             )
 
     # Stepping
@@ -96,15 +99,17 @@ class LowBitOptimizer(ReportingOptimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse; or a CUDA graph is being recorded, and a group is
+                not capturable or has no state yet.
         """
+        self._check_capture(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._settle()
         found_inf, grad_scale = self._told_by_scaler()
-        if stays_on_device(found_inf):
+        if stays_on_device(grad_scale if found_inf is None else found_inf):
             scale = Scale(1.0, grad_scale, found_inf)
         elif found_inf is not None and found_inf.item():
             return loss
@@ -116,9 +121,10 @@ class LowBitOptimizer(ReportingOptimizer):
                 params = [p for p in group["params"] if self._has_gradient(p)]
                 self._check_gradients(params)
                 self._step_params(group, params, scale)
-                stepped += params
-        if scale.found_inf is not None:
-            counters = [self.state[p]["step"] for p in stepped if "step" in self.state[p]]
+                if not self._counts_on_device(group):
+                    stepped += params
+        counters = [self.state[p]["step"] for p in stepped if "step" in self.state[p]]
+        if scale.found_inf is not None and counters:
             self.__dict__["_open_step"] = OpenStep(scale.found_inf, counters)
         if self._offload is not None:
             self._offload.wait()
@@ -139,6 +145,23 @@ class LowBitOptimizer(ReportingOptimizer):
         square: torch.Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
         return square
 
+    def _counts_on_device(self, group: Group) -> bool:
+        """Whether the steps of a group's parameters are counted where these are."""
+        return bool(group["capturable"]) and self._NOT_CAPTURABLE is None
+
+    def _check_capture(self, groups: Iterable[Group]) -> None:
+        if is_capturing() and not all(self._counts_on_device(group) for group in groups):
+            reason = self._NOT_CAPTURABLE or "make it with capturable=True"
+            raise RuntimeError(
+                f"{type(self).__name__}: step() is being captured in a CUDA graph, but"
+                f" capturable is False in param_groups; {reason}"
+            )
+        if is_capturing() and self._offload is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: step() is being captured in a CUDA graph, but its states"
+                " are on the host; call remove() of offload_states first"
+            )
+
     def _settle(self) -> None:
         """Counts the last step right, of which only the device knew whether it was skipped."""
         open_step: OpenStep | None = self.__dict__.pop("_open_step", None)
@@ -154,6 +177,7 @@ class LowBitOptimizer(ReportingOptimizer):
 
     def _step_params(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """Steps parameters of one group."""
+        self._check_capture([group])
         if self._offload is None:
             self._step_resident(group, params, scale)
         else:
@@ -293,7 +317,9 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[p][name] = value.to(device, copy=True)
         if isinstance(source.get("step"), torch.Tensor) and p in optimizer.state:
             # PyTorch takes the counter itself, which two optimizers would then count together.
-            optimizer.state[p]["step"] = source["step"].detach().clone()
+            on_device = cast(LowBitOptimizer, optimizer)._counts_on_device(group)
+            counter = source["step"].detach().to(p.device if on_device else "cpu", copy=True)
+            optimizer.state[p]["step"] = counter
         if is_sharded(p) and p in optimizer.state:
             # Refuses what was divided otherwise, before anything is stepped with it.
             local_state(Shard.of(p, type(optimizer).__name__), optimizer.state[p], group)
@@ -313,6 +339,6 @@ def plain_gradient(p: torch.Tensor) -> torch.Tensor:
     return grad.resolve_neg().contiguous()
 
 
-def new_step() -> torch.Tensor:
+def new_step(device: torch.device | str = "cpu") -> torch.Tensor:
     """The counter of a parameter that was never stepped, as PyTorch keeps it."""
-    return torch.zeros((), dtype=torch.float32)
+    return torch.zeros((), dtype=torch.float32, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradpress.optim._base import Group, LowBitOptimizer
+from gradpress.optim._capture import refuse_in_capture
 
 
 class BlockwiseOptimizer(LowBitOptimizer):
@@ -34,5 +35,8 @@ class BlockwiseOptimizer(LowBitOptimizer):
     def _counter(self, device: torch.device) -> torch.Tensor:
         counters = self._counters()
         if device not in counters:
+            refuse_in_capture(
+                f"{type(self).__name__}: the count of nonfinite_gradients on {device}"
+            )
             counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return counters[device]

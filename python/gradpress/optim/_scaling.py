@@ -38,9 +38,9 @@ class Scale(NamedTuple):
         return self.number if self.tensor is None else self.tensor
 
 
-def stays_on_device(found_inf: torch.Tensor | None) -> bool:
-    """Whether reading the scaler's flag would make the host wait for a device."""
-    return found_inf is not None and (found_inf.is_cuda or is_emulated())
+def stays_on_device(number: torch.Tensor | None) -> bool:
+    """Whether reading what the scaler has set would make the host wait for a device."""
+    return number is not None and (number.is_cuda or is_emulated())
 
 
 class OpenStep:

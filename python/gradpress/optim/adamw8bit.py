@@ -26,6 +26,7 @@ from gradpress.optim._adam import (
 )
 from gradpress.optim._base import Group, State, new_step, plain_gradient
 from gradpress.optim._blockwise import BlockwiseOptimizer
+from gradpress.optim._capture import count_on_device, count_on_host, refuse_in_capture
 from gradpress.optim._scaling import Scale
 from gradpress.optim._weights import requantize_with_update
 
@@ -55,7 +56,12 @@ class AdamW8bit(BlockwiseOptimizer):
         maximize: Ascends instead of descending.
         foreach: Accepted for compatibility; the kernels always take lists.
         fused: Accepted for compatibility; the kernels are always fused.
-        capturable: Must be False: steps are counted on the host.
+        capturable: Lets `torch.cuda.graph` record `step`. Steps are counted on the parameter's
+            device, a learning rate that is a float32 tensor there is read there, and so are
+            GradScaler's numbers: the host waits for nothing, and each replay counts on. Step once
+            before the capture, which makes the states. The results are those of False bit for bit,
+            on the CPU too, and checkpoints go both ways; as in PyTorch the flag of a checkpoint
+            replaces this one. Not for quantized weights.
         differentiable: Must be False: the kernels cannot be differentiated.
         block_size: Elements of a moment that share a scale: 256 for 8 bits, 128 for 4 when None.
         min_8bit_size: Tensors with fewer elements keep float32 moments.
@@ -81,6 +87,7 @@ class AdamW8bit(BlockwiseOptimizer):
 
     _KEEP_DTYPE: ClassVar[frozenset[str]] = frozenset((*CODES, *FLOATS))
     _STEPS_SHARDS: ClassVar[bool] = True
+    _NOT_CAPTURABLE: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -123,6 +130,17 @@ class AdamW8bit(BlockwiseOptimizer):
         }
         super().__init__(params, defaults)
 
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        self._check_quantized(group, group["params"])
+
+    def _check_quantized(self, group: Group, params: list[torch.Tensor]) -> None:
+        if self._counts_on_device(group) and any(isinstance(p, QuantizedWeight) for p in params):
+            raise NotImplementedError(
+                f"{type(self).__name__}: capturable must be False for quantized weights; the host"
+                " counts the steps that key their rounding"
+            )
+
     def _planned_state(self, group: Group, p: torch.Tensor) -> State:
         state: State = {"step": new_step()}
         new_moments(state, p.shape, p.device, group)
@@ -135,17 +153,26 @@ class AdamW8bit(BlockwiseOptimizer):
         self, group: Group, params: list[torch.Tensor], scale: Scale
     ) -> list[tuple[list[torch.Tensor], AdamHyper]]:
         """The parameters, divided where the numbers of their steps differ."""
+        if self._counts_on_device(group):
+            return [(params, AdamHyper.on(params[0].device, group, scale))]
         return [(params, AdamHyper.of(group, scale))]
 
     def _step_unprojected(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         """AdamW on whole gradients, for dense and for quantized parameters."""
-        ids = self._ids()
+        self._check_quantized(group, params)
+        on_device, ids = self._counts_on_device(group), self._ids()
         for p in params:
             state = self.state[p]
             if not state:
-                state["step"], state["tensor_id"] = new_step(), ids[p]
+                refuse_in_capture(f"{type(self).__name__}: the states of parameters")
+                state["step"] = new_step(p.device if on_device else "cpu")
+                state["tensor_id"] = ids[p]
                 new_moments(state, p.shape, p.device, group)
-            state["step"] += 1
+        states = [self.state[p] for p in params]
+        if on_device:
+            count_on_device(states, params[0].device, scale.found_inf, type(self).__name__)
+        else:
+            count_on_host(states)
         for chosen, hyper in self._hypers(group, params, scale):
             self._step_whole(group, chosen, hyper)
 
