@@ -131,11 +131,13 @@ def windows(data: torch.Tensor, batch: int, length: int) -> Iterator[torch.Tenso
 
 
 def least(model: Llama, rank: int, lr: float) -> torch.optim.Optimizer:
-    """Q-GaLore that steps in the backward pass and forms no gradient of a block's weight."""
+    """Q-GaLore with 4-bit moments; no gradient of a block's weight is formed."""
     import gradpress
 
     groups = gradpress.optim.param_groups(model, rank, verbose=False)
-    optimizer = gradpress.optim.QGaLoreAdamW(groups, lr=lr, materialize_gradients=False)
+    optimizer = gradpress.optim.QGaLoreAdamW(
+        groups, lr=lr, state_bits=4, materialize_gradients=False
+    )
     gradpress.nn.checkpoint_blocks_(model)
     gradpress.optim.fused_backward(model, optimizer)
     return optimizer
