@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from gradpress._handle import Handle
 
 
 class _Checkpointed:
@@ -25,7 +26,7 @@ class _Checkpointed:
         return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
 
 
-class CheckpointedBlocks:
+class CheckpointedBlocks(Handle):
     """What :func:`checkpoint_blocks_` switched on; `remove` switches it off.
 
     Also a context manager that does so at its end.
@@ -44,17 +45,6 @@ class CheckpointedBlocks:
         if self._switch_off is not None:
             self._switch_off()
             self._switch_off = None
-
-    def __enter__(self) -> CheckpointedBlocks:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
 
 def checkpoint_blocks_(

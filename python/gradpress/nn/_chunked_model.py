@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from gradpress._handle import Handle
 from gradpress.nn._deferred_logits import DeferredLogits
 
 
-class ChunkedLoss:
+class ChunkedLoss(Handle):
     """What :func:`chunk_loss_` switched on; `remove` switches it off.
 
     Also a context manager that does so at its end.
@@ -32,17 +32,6 @@ class ChunkedLoss:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def __enter__(self) -> ChunkedLoss:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get("labels")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from types import TracebackType
 from typing import Any
 
 import torch
 
+from gradpress._handle import Handle
 from gradpress.optim._base import Group, LowBitOptimizer
 from gradpress.optim._scaling import Scale
 from gradpress.optim._sharded import is_fully_sharded
@@ -16,7 +16,7 @@ from gradpress.optim._sharded import is_fully_sharded
 NORM_EPSILON = 1e-6
 
 
-class FusedBackward:
+class FusedBackward(Handle):
     """What :func:`fused_backward` switched on; `remove` switches it off.
 
     Also a context manager that does so at its end.
@@ -56,17 +56,6 @@ class FusedBackward:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def __enter__(self) -> FusedBackward:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def _attach(self) -> None:
         """Watches parameters that are new to the optimizer."""

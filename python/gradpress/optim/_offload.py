@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import torch
 
+from gradpress._handle import Handle
 from gradpress.optim._base import Group, LowBitOptimizer, State
 from gradpress.optim._ranks import AUTO
 from gradpress.optim._scaling import Scale
@@ -160,7 +160,7 @@ class Offload:
                         yield p, name, value
 
 
-class OffloadedStates:
+class OffloadedStates(Handle):
     """What :func:`offload_states` switched on; `remove` switches it off.
 
     Also a context manager that does so at its end.
@@ -174,17 +174,6 @@ class OffloadedStates:
         offload: Offload | None = self._optimizer.__dict__.pop("_offload", None)
         if offload is not None:
             offload.release_all(self._optimizer)
-
-    def __enter__(self) -> OffloadedStates:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
 
 def offload_states(
