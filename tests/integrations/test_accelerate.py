@@ -10,12 +10,17 @@ from tests.optim.test_drop_in import MAKERS, assert_same, setup, snapshot, train
 every = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
-@pytest.fixture
-def accelerator():
-    yield accelerate.Accelerator(cpu=True)
-    # It keeps its settings in the process.
+def forget_settings():
+    """Accelerators keep theirs in the process, and so do those of a Trainer before."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
+
+
+@pytest.fixture
+def accelerator():
+    forget_settings()
+    yield accelerate.Accelerator(cpu=True)
+    forget_settings()
 
 
 def train_with(accelerator, model, optimizer, first, last):
