@@ -47,3 +47,14 @@ def test_other_optimizers_are_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"optimizer must be one of gradpress\.optim, got SGD"):
         gradpress.memory.plan(model, torch.optim.SGD(model.parameters()))
+
+
+def test_gradients_that_are_never_formed_are_not_planned():
+    model = gradpress.nn.quantize_(nn.Sequential(nn.Linear(64, 96)), target_modules="all-linear")
+    groups = gradpress.optim.param_groups(model, rank=8, verbose=False)
+    optimizer = gradpress.optim.QGaLoreAdamW(groups, materialize_gradients=False)
+    planned = gradpress.memory.plan(model, optimizer).by_category
+    model(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    assert planned == gradpress.memory.count(model, optimizer).by_category
+    assert planned["gradients"] == 4 * 96  # the bias

@@ -33,10 +33,11 @@ def plan_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> MemoryCount
     def add(category: str, tensor: torch.Tensor) -> None:
         totals[category] = totals.get(category, 0) + tensor.nbytes
 
+    never_formed = getattr(optimizer, "_factored", {})
     for group in optimizer.param_groups:
         for p in group["params"]:
             like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-            if p.requires_grad:
+            if p.requires_grad and p not in never_formed:
                 add("gradients", like)
             for name, value in optimizer._planned_state(group, like).items():
                 if isinstance(value, torch.Tensor):
