@@ -10,11 +10,11 @@ import torch
 
 from gradpress.ops.quant import dequantize_blockwise
 
-#: Elements that are dequantized at a time: a part that stays in the cache of a CPU, and one that
-#: keeps a GPU busy.
+#: Elements that are dequantized at a time: two MiB of float32 on a CPU, and four million on a
+#: device, as the update of quantized weights takes there.
 PART = {"cpu": 1 << 19}
 PART_OF_DEVICES = 1 << 22
-#: Weights up to this size are dequantized whole; larger ones in four parts at least.
+#: Weights up to this size are dequantized whole; larger ones in four parts where groups allow it.
 SMALL = 1 << 12
 
 
