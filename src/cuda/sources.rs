@@ -29,6 +29,7 @@ pub static KERNELS: &[Source] = sources!["":
     "lowrank/refresh.cu",
     "lowrank/requantize_span.cu",
     "optim.cu",
+    "prune.cu",
     "quant.cu",
     "update.cu",
 ];
