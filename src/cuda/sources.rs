@@ -30,6 +30,7 @@ pub static KERNELS: &[Source] = sources!["":
     "lowrank/requantize_span.cu",
     "optim.cu",
     "prune.cu",
+    "prune_columns.cu",
     "quant.cu",
     "update.cu",
 ];

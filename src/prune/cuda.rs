@@ -20,13 +20,14 @@ const fn module(defines: &'static [&'static str]) -> Module {
     Module { file: "prune.cu", defines, lists: false }
 }
 
+const COLUMNS: Module = Module { file: "prune_columns.cu", defines: &[], lists: false };
 const PRUNE: [Module; 3] = [module(&["ELEM=f32"]), module(&["ELEM=f16"]), module(&["ELEM=bf16"])];
 
-/// Every module of the family with its kernels, those that do not depend on `ELEM` once.
+/// Every module of the family with its kernels.
 pub fn kernels() -> Vec<(Module, &'static [&'static str])> {
     let names: &[_] = &["score_weights", "select_rows", "select_groups"];
     let mut list: Vec<_> = PRUNE.into_iter().map(|module| (module, names)).collect();
-    list.push((PRUNE[0], &["prune_columns", "prune_columns_wide"]));
+    list.push((COLUMNS, &["prune_columns", "prune_columns_wide"]));
     list
 }
 
@@ -114,5 +115,5 @@ pub fn prune_columns(args: &mut Columns, stream: &Stream) -> Result<()> {
     let kernel = if width <= NARROW { "prune_columns" } else { "prune_columns_wide" };
     let shape = Shape::line((rows as u64).div_ceil(ROWS), THREADS);
     // SAFETY: as kernels/README.md lists them; the op has checked dtypes, shapes and the device.
-    unsafe { stream.launch(PRUNE[0], kernel, shape, args) }
+    unsafe { stream.launch(COLUMNS, kernel, shape, args) }
 }

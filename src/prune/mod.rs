@@ -17,7 +17,7 @@ use cpu::Drop;
 use score::{Kind, Score};
 
 /// The most columns of a block of `prune_columns`.
-const MOST_COLUMNS: usize = 512;
+const MOST_COLUMNS: usize = 256;
 
 /// Weights and what they are scored by.
 pub struct Scored {

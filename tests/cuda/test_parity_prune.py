@@ -75,7 +75,7 @@ def test_select_groups(parity, size, drop, dtype):
             parity(prune.select_groups, *args, **options, size=size, drop=drop)
 
 
-@pytest.mark.parametrize("width", [1, 2, 32, 40, 128, 144, 512, 0])
+@pytest.mark.parametrize("width", [1, 2, 32, 40, 128, 144, 256, 0])
 def test_prune_columns(parity, width):
     g = torch.Generator().manual_seed(width)
     for rows in (1, 9):

@@ -165,7 +165,7 @@ def prune_columns(
     """Zeroes weights of a block, column by column, and lets its later columns make up for it.
 
     Args:
-        weight: float32 ``[rows, width]``, contiguous, at most 512 wide; changed in place.
+        weight: float32 ``[rows, width]``, contiguous, at most 256 wide; changed in place.
         factor: float32 ``[width, width]``: the block of the upper Cholesky factor of the inverse
             Hessian.
         mask: bool ``[rows, width]``, contiguous: what is kept; written where `group` is given.

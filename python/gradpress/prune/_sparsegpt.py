@@ -14,7 +14,7 @@ from gradpress.prune._pattern import Pattern, read_pattern
 from gradpress.prune._statistics import as_tensor, full_precision
 
 #: The kernel's widest block.
-MOST_COLUMNS = 512
+MOST_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def sparsegpt(
             lies on and right of the diagonal is read. Its scale does not matter.
         sparsity: The share that is dropped, from 0 to 1. May be left out for N:M.
         pattern: ``"unstructured"`` or ``"N:M"``, N of M kept; M divides the columns and the block.
-        block_size: Columns of a block, 1 to 512.
+        block_size: Columns of a block, 1 to 256.
         damp: What is added to the Hessian's diagonal, as a share of its mean.
         reference: As the authors' code: in each block one weight more goes, and all that score the
             same.
