@@ -110,7 +110,7 @@ def test_threshold_of_the_reference():
 
 
 def test_factor_is_that_of_the_inverse():
-    for columns in (1, 7, 100):
+    for columns in (1, 7, 100, 517):
         hessian = problem(1, columns, 3 * columns)[1]
         damped, upper = reference.inverse_factor(hessian, 0.01)
         factor = inverse_factor(hessian, 0.01)

@@ -15,6 +15,8 @@ from gradpress.prune._statistics import as_tensor, full_precision
 
 #: The kernel's widest block.
 MOST_COLUMNS = 256
+#: A triangle of so many columns is inverted by solving for the identity.
+_SOLVED = 128
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,25 @@ def inverse_factor(
             f"sparsegpt: hessian must be positive definite with damp {damp} of its mean diagonal"
             " added, got one that is not; a greater damp may help"
         )
-    upper = lower.flip(0, 1)
+    upper: torch.Tensor = lower.flip(0, 1)
     del lower
-    identity = torch.eye(len(upper), dtype=dtype, device=upper.device)
-    factor: torch.Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return factor
+    with full_precision():
+        _invert_upper_(upper)
+    return upper
+
+
+def _invert_upper_(upper: torch.Tensor) -> None:
+    """Inverts an upper triangular matrix in place, half by half: nearly all of it is products."""
+    size = len(upper)
+    if size <= _SOLVED:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
+        return
+    half = size // 2
+    first, last, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
+    _invert_upper_(first)
+    _invert_upper_(last)
+    corner.copy_((first @ corner).neg_() @ last)
 
 
 def sparsegpt(
@@ -99,7 +115,7 @@ def sparsegpt(
         damp: What is added to the Hessian's diagonal, as a share of its mean.
         reference: As the authors' code: in each block one weight more goes, and all that score the
             same.
-        dtype: ``"float64"`` or ``"float32"``: of the Hessian's factorization, which takes three
+        dtype: ``"float64"`` or ``"float32"``: of the Hessian's factorization, which takes two
             matrices of it for a moment.
 
     Raises:
