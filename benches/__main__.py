@@ -14,6 +14,7 @@ BENCHES = {
     "subspace": "finding the leading subspace of a gradient",
     "adamw8bit": "AdamW with small moments",
     "qgalore_step": "a whole Q-GaLore step on a LLaMA",
+    "pruning": "which weights stay, and SparseGPT's solve",
     "agreement": "how far the optimizers end from their originals",
     "optimizers": "the rest of the family beside the packages that offer the same",
     "pretraining": "validation loss of every optimizer on a LLaMA of 9M (an hour)",

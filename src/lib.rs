@@ -6,6 +6,7 @@ mod dispatch;
 pub mod error;
 pub mod lowrank;
 pub mod optim;
+pub mod prune;
 pub mod quant;
 pub mod rng;
 mod runtime;
@@ -27,6 +28,8 @@ mod _core {
     use crate::optim::{
         adamw_blockwise_direction, adamw_blockwise_step, adamw_direction, adamw_step,
     };
+    #[pymodule_export]
+    use crate::prune::{prune_columns, score_weights, select_groups, select_matrix, select_rows};
     #[pymodule_export]
     use crate::quant::{
         dequantize_blockwise, dequantize_dynamic, pack_int4, quantize_blockwise, quantize_dynamic,

@@ -11,7 +11,7 @@ use crate::cuda::{self, Module, Stream};
 use crate::dispatch::dispatch;
 use crate::error::Result;
 use crate::tensor::{Check, Device};
-use crate::{lowrank, optim, quant};
+use crate::{lowrank, optim, prune, quant};
 
 /// The instruction set the CPU kernels use: "scalar", "avx2" or "avx512".
 #[pyfunction]
@@ -51,7 +51,12 @@ pub fn cuda_status(py: Python<'_>) -> String {
 
 /// Every module that the CUDA halves of the ops may need, with its kernels.
 fn modules() -> Vec<(Module, Vec<&'static str>)> {
-    let families = [quant::cuda::kernels(), optim::cuda::kernels(), lowrank::cuda::kernels()];
+    let families = [
+        quant::cuda::kernels(),
+        optim::cuda::kernels(),
+        lowrank::cuda::kernels(),
+        prune::cuda::kernels(),
+    ];
     let mut list: Vec<(Module, Vec<_>)> = Vec::new();
     for (module, names) in families.concat() {
         match list.iter_mut().find(|(known, _)| *known == module) {

@@ -23,6 +23,7 @@ __all__ = [
     "project_factors",
     "project_factors_workspace",
     "project_workspace",
+    "prune_columns",
     "quantize_blockwise",
     "quantize_dynamic",
     "refresh_basis",
@@ -30,6 +31,10 @@ __all__ = [
     "refresh_basis_factors_workspace",
     "refresh_basis_workspace",
     "round_bf16_stochastic",
+    "score_weights",
+    "select_groups",
+    "select_matrix",
+    "select_rows",
     "set_emulator",
     "set_simd_level",
     "simd_level",
@@ -320,6 +325,26 @@ def project_workspace(
     `plain` where some gradient is float32, and so are the bases.
     """
 
+def prune_columns(
+    weight: Any,
+    factor: Any,
+    mask: Any,
+    errors: Any,
+    loss: Any,
+    size: SupportsIndex | None,
+    drop: SupportsIndex,
+) -> None:
+    """
+    Zeroes weights of a block of columns, one column after the other, and adds what later columns
+    of the block make up for it; `factor` is the block of the upper Cholesky factor of the inverse
+    Hessian.
+
+    Where `mask` is 0 a weight goes; with `size` the mask is written: all but the `drop` least of
+    `|weight| / factor[j, j]` in every `size` columns, at the time the first of them is reached.
+    `errors` gets what the columns after the block have to make up for, `loss` the sum of their
+    squares in each row.
+    """
+
 def quantize_blockwise(
     x: Any,
     codes: Any,
@@ -420,6 +445,70 @@ def round_bf16_stochastic(
 ) -> None:
     """
     Rounds float32 `x` stochastically into bfloat16 `out` of the same shape.
+    """
+
+def score_weights(
+    weight: Any,
+    scale: Any | None,
+    grad: Any | None,
+    out: Any,
+    alpha: SupportsFloat | SupportsIndex,
+    half: bool,
+) -> None:
+    """
+    Writes the scores of a matrix: `|weight|`, times `scale` of the column plus `alpha |grad|`.
+
+    `half` rounds the gradient's product to float16 and leaves `alpha` out, as the papers' code.
+    """
+
+def select_groups(
+    weight: Any,
+    scale: Any | None,
+    grad: Any | None,
+    mask: Any,
+    nan: Any,
+    alpha: SupportsFloat | SupportsIndex,
+    given: bool,
+    half: bool,
+    drop: SupportsIndex,
+    size: SupportsIndex,
+) -> None:
+    """
+    The same among every `size` consecutive columns of a row.
+    """
+
+def select_matrix(
+    weight: Any,
+    scale: Any | None,
+    grad: Any | None,
+    mask: Any,
+    nan: Any,
+    alpha: SupportsFloat | SupportsIndex,
+    given: bool,
+    half: bool,
+    drop: SupportsIndex,
+    through: bool,
+) -> None:
+    """
+    The same among all weights of a matrix; `through` drops one more, and all that equal the last.
+    """
+
+def select_rows(
+    weight: Any,
+    scale: Any | None,
+    grad: Any | None,
+    mask: Any,
+    nan: Any,
+    alpha: SupportsFloat | SupportsIndex,
+    given: bool,
+    half: bool,
+    drop: SupportsIndex,
+) -> None:
+    """
+    Marks in `mask` (uint8) all but the `drop` least scores of every row, of equal ones the later.
+
+    `given` takes `weight` for the scores themselves. A score that is not a number is kept like an
+    infinite one, and `nan` (int64) increased by one.
     """
 
 def set_emulator(

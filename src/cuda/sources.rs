@@ -29,6 +29,8 @@ pub static KERNELS: &[Source] = sources!["":
     "lowrank/refresh.cu",
     "lowrank/requantize_span.cu",
     "optim.cu",
+    "prune.cu",
+    "prune_columns.cu",
     "quant.cu",
     "update.cu",
 ];

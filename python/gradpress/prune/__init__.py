@@ -1,0 +1,30 @@
+"""Which weights stay: scores, masks, the second-order method, and packing, for single arrays."""
+
+from gradpress.prune._score import (
+    mask,
+    score_gblm,
+    score_gradient,
+    score_magnitude,
+    score_wanda,
+    select,
+)
+from gradpress.prune._sparsegpt import SparseGPTResult, sparsegpt
+from gradpress.prune._statistics import Hessian, InputSquares
+from gradpress.prune._storage import PackedSparse, pack_sparse, packed_bytes, unpack_sparse
+
+__all__ = [
+    "Hessian",
+    "InputSquares",
+    "PackedSparse",
+    "SparseGPTResult",
+    "mask",
+    "pack_sparse",
+    "packed_bytes",
+    "score_gblm",
+    "score_gradient",
+    "score_magnitude",
+    "score_wanda",
+    "select",
+    "sparsegpt",
+    "unpack_sparse",
+]
