@@ -116,7 +116,7 @@ def _pretrained() -> tuple[torch.nn.Module, Any]:
     )
     with tempfile.TemporaryDirectory() as plain:
         # Saved and loaded once: what was dequantized on the fly becomes a plain model.
-        del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)  # absent where nothing was kept
         model.save_pretrained(plain)
         model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
