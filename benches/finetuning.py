@@ -66,7 +66,7 @@ def _smaller(method: Method) -> Method:
 
 
 def _task(quick: bool) -> Task:
-    model, tokenizer = _pretrained()
+    model, tokenizer = pretrained()
     training, validation = (
         _tokens(tokenizer, documents, count)
         for documents, count in zip(
@@ -96,7 +96,7 @@ def _task(quick: bool) -> Task:
     )
 
 
-def _pretrained() -> tuple[torch.nn.Module, Any]:
+def pretrained() -> tuple[torch.nn.Module, Any]:
     """The model in float32, and its tokenizer.
 
     Raises:

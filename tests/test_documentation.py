@@ -32,7 +32,7 @@ def test_some_docstrings_have_examples() -> None:
 
 def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for code in blocks:
         exec(compile(code, str(README), "exec"), {})
     assert "projectors" in capsys.readouterr().out

@@ -8,14 +8,18 @@ written in Rust that work in place on the caller's tensors, on the CPU and on CU
 # Tensors cross the border through PyTorch's own exchange table, so it has to be there first.
 import torch as _torch  # noqa: F401
 
-from gradpress import environment, lowrank, memory, nn, ops, optim, prune, quant
+from gradpress import engine, environment, io, lowrank, memory, nn, ops, optim, prune, quant
+from gradpress.engine import compress
 from gradpress.ops.runtime import core_version as _core_version
 from gradpress.ops.runtime import warmup
 
 __version__ = _core_version()
 __all__ = [
     "__version__",
+    "compress",
+    "engine",
     "environment",
+    "io",
     "lowrank",
     "memory",
     "nn",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from gradpress import _text_tables
+from gradpress._optional import require
 from gradpress.memory import _figure
-from gradpress.optim import _report_text
-from gradpress.optim._report import _require
 
 MEBIBYTE = 1 << 20
 
@@ -39,7 +39,7 @@ class Breakdown(ABC):
         Raises:
             ImportError: pandas is not installed.
         """
-        pandas = _require("pandas", "to_dataframe")
+        pandas = require("pandas", "to_dataframe")
         rows = [
             {"category": name, "bytes": size, "share": size / self.peak}
             for name, size in self.peak_by_category.items()
@@ -63,28 +63,28 @@ class Breakdown(ABC):
 
     def __str__(self) -> str:
         """The table."""
-        return _report_text.plain(self._table(), "\n".join(self._remarks()))
+        return _text_tables.plain(self._table(), "\n".join(self._remarks()))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        return _report_text.html(self._table(), "; ".join(self._remarks()))
+        return _text_tables.html(self._table(), "; ".join(self._remarks()))
 
-    def _table(self) -> _report_text.Table:
+    def _table(self) -> _text_tables.Table:
         whole = self.peak or 1
         rows = [
             [name, f"{size:,}", f"{size / MEBIBYTE:,.2f}", f"{size / whole:.1%}"]
             for name, size in self.peak_by_category.items()
         ]
         totals = ["peak", f"{self.peak:,}", f"{self.peak / MEBIBYTE:,.2f}", ""]
-        return _report_text.Table(["at the peak", "bytes", "MiB", "share"], rows, totals)
+        return _text_tables.Table(["at the peak", "bytes", "MiB", "share"], rows, totals)
 
 
 def plot_bars(bars: dict[str, dict[str, int]], ax: Any = None) -> tuple[Any, Any]:
     """Draws stacked bars side by side; see :meth:`Breakdown.plot`."""
     if ax is None:
-        pyplot = _require("matplotlib.pyplot", "plot")
+        pyplot = require("matplotlib.pyplot", "plot")
         size = (_figure.width(len(bars)), 4.8)
         _, ax = pyplot.subplots(figsize=size, layout="constrained")
     _figure.draw(ax, bars)

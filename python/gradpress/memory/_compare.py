@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from gradpress import _text_tables
+from gradpress._optional import require
 from gradpress.memory._breakdown import MEBIBYTE, Breakdown, plot_bars
 from gradpress.memory._count import MemoryCount
 from gradpress.memory._tensors import in_order
-from gradpress.optim import _report_text
-from gradpress.optim._report import _require
 
 Result: TypeAlias = "Breakdown | MemoryCount"
 
@@ -43,7 +43,7 @@ class Comparison:
         Raises:
             ImportError: pandas is not installed.
         """
-        pandas = _require("pandas", "to_dataframe")
+        pandas = require("pandas", "to_dataframe")
         rows = [[parts.get(name, 0) for parts in self.columns.values()] for name in self._names()]
         index = pandas.Index(self._names(), name="category")
         return pandas.DataFrame(rows, index=index, columns=list(self.columns))
@@ -64,25 +64,25 @@ class Comparison:
 
     def __str__(self) -> str:
         """The table."""
-        return _report_text.plain(self._table(), "")
+        return _text_tables.plain(self._table(), "")
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        return _report_text.html(self._table(), "")
+        return _text_tables.html(self._table(), "")
 
     def _names(self) -> list[str]:
         present = {name for parts in self.columns.values() for name in parts}
         return list(in_order(dict.fromkeys(present, 1)))
 
-    def _table(self) -> _report_text.Table:
+    def _table(self) -> _text_tables.Table:
         rows = [
             [name, *(f"{parts.get(name, 0) / MEBIBYTE:,.2f}" for parts in self.columns.values())]
             for name in self._names()
         ]
         totals = ["total", *(f"{size / MEBIBYTE:,.2f}" for size in self.totals.values())]
-        return _report_text.Table(["MiB", *self.columns], rows, totals)
+        return _text_tables.Table(["MiB", *self.columns], rows, totals)
 
 
 def compare(results: Mapping[str, Result] | Sequence[Result]) -> Comparison:

@@ -1,14 +1,14 @@
-"""Which Linear modules of a model are meant."""
+"""Which modules of a model are meant."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, cast
 
 from torch import nn
 
-Targets: TypeAlias = "str | Sequence[str] | None"
+Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | None"
 
 
 def select_linear(model: nn.Module, target_modules: Targets = None) -> dict[str, nn.Linear]:
@@ -25,22 +25,52 @@ def select_linear(model: nn.Module, target_modules: Targets = None) -> dict[str,
     Raises:
         ValueError: `target_modules` was given and matches no Linear module.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if target_modules is None or target_modules == "all-linear":
+    chosen = select_modules(model, target_modules, lambda module: isinstance(module, nn.Linear))
+    return cast(dict[str, nn.Linear], chosen)
+
+
+def select_modules(
+    model: nn.Module, targets: Targets, is_meant: Callable[[nn.Module], bool]
+) -> dict[str, nn.Module]:
+    """The same for modules of other kinds; convolutions only where a target names them.
+
+    Args:
+        model: Any module.
+        targets: As for :func:`select_linear`; compiled expressions too, which have to be found
+            somewhere in the name.
+        is_meant: The kinds.
+
+    Raises:
+        ValueError: `targets` was given and matches no such module.
+    """
+    every = {name: module for name, module in model.named_modules() if is_meant(module)}
+    if targets is None or targets == "all-linear":
         left_out = _left_out(model)
-        return {name: m for name, m in linear.items() if id(m.weight) not in left_out}
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        return {
+            name: module
+            for name, module in every.items()
+            if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            and id(module.weight) not in left_out
+        }
+    wanted = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
     chosen = {
         name: module
-        for name, module in linear.items()
-        if any(target in name or re.fullmatch(target, name) for target in targets)
+        for name, module in every.items()
+        if any(matches(name, target) for target in wanted)
     }
     if not chosen:
         raise ValueError(
-            f"target_modules must match a Linear module of the model, got {target_modules!r};"
-            f" it has {sorted(linear)}"
+            f"target_modules must match a Linear module of the model, got {targets!r};"
+            f" it has {sorted(every)}"
         )
     return chosen
+
+
+def matches(name: str, target: str | re.Pattern[str]) -> bool:
+    """Whether a qualified name contains `target`, or is or contains what it describes."""
+    if isinstance(target, re.Pattern):
+        return target.search(name) is not None
+    return target in name or re.fullmatch(target, name) is not None
 
 
 def _left_out(model: nn.Module) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from gradpress.optim import _report_figure, _report_text
+from gradpress import _text_tables
+from gradpress._layer_axis import width
+from gradpress._optional import require
+from gradpress.optim import _report_figure
 
 #: The attributes of a row that are bytes, and what a plot calls them.
 BYTES = {"weight_bytes": "weights", "state_bytes": "states", "projector_bytes": "projectors"}
@@ -108,7 +110,7 @@ class OptimizerReport:
         Raises:
             ImportError: pandas is not installed.
         """
-        pandas = _require("pandas", "to_pandas")
+        pandas = require("pandas", "to_pandas")
         columns = [field.name for field in fields(LayerRow)]
         frame = pandas.DataFrame(self.to_dict(), columns=columns).set_index("name")
         return frame.astype(dict.fromkeys(_OPTIONAL_INTEGERS, "Int64"))
@@ -127,25 +129,25 @@ class OptimizerReport:
             ImportError: matplotlib is not installed.
         """
         if ax is None:
-            pyplot = _require("matplotlib.pyplot", "plot")
-            size = (_report_figure.width(len(self.rows)), 4.8)
+            pyplot = require("matplotlib.pyplot", "plot")
+            size = (width(len(self.rows)), 4.8)
             _, ax = pyplot.subplots(figsize=size, layout="constrained")
         _report_figure.draw(ax, self.rows, BYTES)
         return ax.figure, ax
 
     def __str__(self) -> str:
         """The whole table, with a line of totals."""
-        return _report_text.plain(self._table(), self._remark())
+        return _text_tables.plain(self._table(), self._remark())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        return _report_text.html(self._table(), self._remark())
+        return _text_tables.html(self._table(), self._remark())
 
-    def _table(self) -> _report_text.Table:
+    def _table(self) -> _text_tables.Table:
         totals = [f"{size:,}" for size in self.totals.values()]
-        return _report_text.Table(
+        return _text_tables.Table(
             list(_COLUMNS),
             [_cells(row) for row in self.rows],
             ["total", *[""] * (len(_COLUMNS) - len(totals) - 1), *totals],
@@ -201,18 +203,3 @@ def _cells(row: LayerRow) -> Sequence[str]:
 
 def _or_dash(value: float | None, form: str = "") -> str:
     return "-" if value is None else format(value, form)
-
-
-def _require(module: str, method: str) -> Any:
-    """A module that the package can do without.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(
-            f'{method}: needs {package}, which is not installed: pip install "gradpress[plot]"'
-        ) from error

@@ -1,5 +1,7 @@
 """Which weights stay: scores, masks, the second-order method, and packing, for single arrays."""
 
+from gradpress.prune._masks import HeldMasks, apply_masks_, hold_masks_
+from gradpress.prune._recipes import GBLM, Gradient, Magnitude, PruningRecipe, SparseGPT, Wanda
 from gradpress.prune._score import (
     mask,
     score_gblm,
@@ -9,14 +11,26 @@ from gradpress.prune._score import (
     select,
 )
 from gradpress.prune._sparsegpt import SparseGPTResult, sparsegpt
+from gradpress.prune._sparsity import ParameterSparsity, SparsityReport, sparsity
 from gradpress.prune._statistics import Hessian, InputSquares
 from gradpress.prune._storage import PackedSparse, pack_sparse, packed_bytes, unpack_sparse
 
 __all__ = [
+    "GBLM",
+    "Gradient",
+    "HeldMasks",
     "Hessian",
     "InputSquares",
+    "Magnitude",
     "PackedSparse",
+    "ParameterSparsity",
+    "PruningRecipe",
+    "SparseGPT",
     "SparseGPTResult",
+    "SparsityReport",
+    "Wanda",
+    "apply_masks_",
+    "hold_masks_",
     "mask",
     "pack_sparse",
     "packed_bytes",
@@ -26,5 +40,6 @@ __all__ = [
     "score_wanda",
     "select",
     "sparsegpt",
+    "sparsity",
     "unpack_sparse",
 ]

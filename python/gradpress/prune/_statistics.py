@@ -72,6 +72,11 @@ class _Running:
         for first in range(0, max(len(rows), 1), _ROWS):
             yield rows[first : first + _ROWS].to(self._sum.device, self._sum.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return self._sum.nbytes
+
     def merge(self, other: _Running) -> None:
         """Takes in what another one has seen, as if its inputs had come here.
 
