@@ -9,7 +9,7 @@ from tests.prune.golden import INPUT_SQ, INPUTS, WEIGHT
 from tests.reference import prune as reference
 
 from gradpress import prune
-from gradpress.prune._sparsegpt import inverse_factor
+from gradpress.prune._factor import inverse_factor
 
 HESSIAN = 2 * INPUTS.T @ INPUTS
 DAMPED = HESSIAN + 0.0675 * torch.eye(4)
@@ -119,8 +119,39 @@ def test_factor_is_that_of_the_inverse():
         np.testing.assert_allclose(factor.numpy(), upper, rtol=1e-9, atol=1e-12)
         identity = factor.numpy().T @ factor.numpy() @ damped
         np.testing.assert_allclose(identity, np.eye(columns), atol=1e-9)
-        single = inverse_factor(hessian, 0.01, torch.float32)
+        single = inverse_factor(hessian, 0.01, "float32")
         np.testing.assert_allclose(single.numpy(), upper, rtol=0, atol=1e-4 * np.abs(upper).max())
+
+
+def test_float32_is_used_as_long_as_it_is_precise():
+    hessian = problem(1, 530, 1200)[1]
+    double = inverse_factor(hessian, 0.01)
+    factor = inverse_factor(hessian, 0.01, "auto")
+    assert factor.dtype == torch.float32
+    assert torch.equal(factor, factor.triu())
+    # Condition 1e3, times the unit roundoff.
+    torch.testing.assert_close(factor.double(), double, rtol=0, atol=1e-4 * float(double.max()))
+    small = hessian[:200, :200]
+    assert torch.equal(inverse_factor(small, 0.01, "auto"), inverse_factor(small, 0.01))
+    # Of condition 1e10 float32 knows no digit of the inverse.
+    basis = torch.linalg.qr(problem(530, 530, 2)[0].double())[0]
+    steep = (basis * torch.logspace(0, -10, 530, dtype=torch.float64)) @ basis.T
+    steep = (steep + steep.T) / 2
+    factor = inverse_factor(steep, 0.0, "auto")
+    assert factor.dtype == torch.float64
+    identity = factor.numpy().T @ factor.numpy() @ steep.numpy()
+    np.testing.assert_allclose(identity, np.eye(530), atol=1e-4)
+    for bad in (-hessian, hessian * float("nan")):
+        with pytest.raises(ValueError, match="positive definite"):
+            inverse_factor(bad, 0.01, "auto")
+
+
+def test_precision_does_not_change_the_result_much():
+    weight, hessian = problem(24, 530, 1200)
+    double = prune.sparsegpt(weight, hessian, sparsity=0.5, dtype="float64")
+    auto = prune.sparsegpt(weight, hessian, sparsity=0.5)
+    assert (auto.mask != double.mask).float().mean() < 1e-3
+    assert auto.loss == pytest.approx(double.loss, rel=1e-3)
 
 
 def test_without_correlation_nothing_is_made_up_for():
@@ -199,7 +230,7 @@ def test_kinds_of_arrays_and_empty_ones():
         ({"sparsity": 0.5, "block_size": 257}, "block_size must be from 1 to 256"),
         ({"pattern": "2:4", "block_size": 6}, "block_size must be a multiple of 4"),
         ({"sparsity": 0.5, "damp": -0.1}, "damp must be finite and at least 0"),
-        ({"sparsity": 0.5, "dtype": "float16"}, 'dtype must be "float64" or "float32"'),
+        ({"sparsity": 0.5, "dtype": "float16"}, 'dtype must be "auto", "float64" or "float32"'),
         ({"sparsity": 0.5, "hessian": torch.eye(7)}, r"hessian must have shape \[8, 8\]"),
         ({"sparsity": 0.5, "hessian": -torch.eye(8)}, "hessian must be positive definite"),
         ({"sparsity": 0.5, "hessian": torch.full((8, 8), float("nan"))}, "positive definite"),

@@ -10,13 +10,12 @@ import torch
 from gradpress.ops import prune as kernels
 from gradpress.ops._arrays import Array
 from gradpress.prune._arrays import as_matrix, check_like
+from gradpress.prune._factor import inverse_factor
 from gradpress.prune._pattern import Pattern, read_pattern
 from gradpress.prune._statistics import as_tensor, full_precision
 
 #: The kernel's widest block.
 MOST_COLUMNS = 256
-#: A triangle of so many columns is inverted by solving for the identity.
-_SOLVED = 128
 
 
 @dataclass(frozen=True)
@@ -34,55 +33,6 @@ class SparseGPTResult:
     loss: float
 
 
-def inverse_factor(
-    hessian: torch.Tensor, damp: float, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    """The upper Cholesky factor U of the inverse: ``inverse(H) = U^T U``.
-
-    Of the damped Hessian, in which a column that no input ever reached stands for itself. With
-    both axes reversed a single Cholesky factor, turned back, is upper triangular with ``H = P
-    P^T``, and U its inverse: no inverse of H is formed, and no second factorization.
-
-    Args:
-        hessian: ``[columns, columns]``; only what lies on and right of the diagonal is read.
-        damp: What is added to the diagonal, as a share of its mean.
-        dtype: Of the factorization and the result.
-
-    Raises:
-        ValueError: the damped Hessian is not positive definite.
-    """
-    reversed_ = hessian.to(dtype).flip(0, 1)
-    diagonal = reversed_.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damp * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(reversed_)
-    del reversed_
-    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
-        raise ValueError(
-            f"sparsegpt: hessian must be positive definite with damp {damp} of its mean diagonal"
-            " added, got one that is not; a greater damp may help"
-        )
-    upper: torch.Tensor = lower.flip(0, 1)
-    del lower
-    with full_precision():
-        _invert_upper_(upper)
-    return upper
-
-
-def _invert_upper_(upper: torch.Tensor) -> None:
-    """Inverts an upper triangular matrix in place, half by half: nearly all of it is products."""
-    size = len(upper)
-    if size <= _SOLVED:
-        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
-        return
-    half = size // 2
-    first, last, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
-    _invert_upper_(first)
-    _invert_upper_(last)
-    corner.copy_((first @ corner).neg_() @ last)
-
-
 def sparsegpt(
     weight: Array,
     hessian: Array,
@@ -92,7 +42,7 @@ def sparsegpt(
     block_size: int = 128,
     damp: float = 0.01,
     reference: bool = False,
-    dtype: str = "float64",
+    dtype: str = "auto",
 ) -> SparseGPTResult:
     """Prunes a weight and adjusts the rest of it: SparseGPT (Frantar and Alistarh 2023).
 
@@ -115,8 +65,9 @@ def sparsegpt(
         damp: What is added to the Hessian's diagonal, as a share of its mean.
         reference: As the authors' code: in each block one weight more goes, and all that score the
             same.
-        dtype: ``"float64"`` or ``"float32"``: of the Hessian's factorization, which takes two
-            matrices of it for a moment.
+        dtype: Of the Hessian's factorization, which takes a matrix of it and half as much again
+            for a moment: ``"float32"``, ``"float64"``, or ``"auto"``: float32 for more than 512
+            columns as long as the factor proves precise on a random vector, float64 otherwise.
 
     Raises:
         TypeError: an argument is no tensor or array, or of no floating dtype.
@@ -146,8 +97,8 @@ def sparsegpt(
         )
     if not (damp >= 0 and math.isfinite(damp)):
         raise ValueError(f"{op}: damp must be finite and at least 0, got {damp}")
-    if dtype not in ("float64", "float32"):
-        raise ValueError(f'{op}: dtype must be "float64" or "float32", got {dtype!r}')
+    if dtype not in ("auto", "float64", "float32"):
+        raise ValueError(f'{op}: dtype must be "auto", "float64" or "float32", got {dtype!r}')
     # A copy, since a float32 weight must not be changed.
     pruned = matrix.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     if not bool(torch.isfinite(pruned).all()):
@@ -156,7 +107,7 @@ def sparsegpt(
     loss = 0.0
     if pruned.numel():
         pruned[:, curvature.diagonal().to(pruned.device) == 0] = 0
-        factor = inverse_factor(curvature, damp, getattr(torch, dtype)).to(pruned)
+        factor = inverse_factor(curvature, damp, dtype).to(pruned)
         with full_precision():
             loss = _prune(pruned, kept, factor, wanted, block_size, reference)
     shape = tuple(weight.shape)
