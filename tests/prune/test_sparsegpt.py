@@ -316,3 +316,19 @@ def test_statistics_refuse_what_does_not_fit():
         prune.InputSquares(-1)
     with pytest.raises(ValueError, match='dtype must be "float32" or "float64"'):
         prune.Hessian(4, dtype="float16")
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_layers_with_one_hessian_share_its_factor(pattern: str) -> None:
+    hessian = prune.Hessian(48)
+    hessian.update(torch.randn(96, 48, generator=torch.Generator().manual_seed(1)))
+    factor = prune.inverse_factor(hessian.matrix, 0.01, "auto")
+    for rows in (1, 7, 32):
+        weight = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
+        own = prune.sparsegpt(weight, hessian.matrix, sparsity=0.5, pattern=pattern)
+        shared = prune.sparsegpt(
+            weight, hessian.matrix, sparsity=0.5, pattern=pattern, factor=factor
+        )
+        assert torch.equal(own.weight, shared.weight)
+    with pytest.raises(ValueError, match=r"sparsegpt: factor must have shape \[48, 48\]"):
+        prune.sparsegpt(weight, hessian.matrix, sparsity=0.5, factor=factor[:, :40])

@@ -1,5 +1,6 @@
 """Which weights stay: scores, masks, the second-order method, and packing, for single arrays."""
 
+from gradpress.prune._factor import inverse_factor
 from gradpress.prune._masks import HeldMasks, apply_masks_, hold_masks_
 from gradpress.prune._recipes import GBLM, Gradient, Magnitude, PruningRecipe, SparseGPT, Wanda
 from gradpress.prune._score import (
@@ -31,6 +32,7 @@ __all__ = [
     "Wanda",
     "apply_masks_",
     "hold_masks_",
+    "inverse_factor",
     "mask",
     "pack_sparse",
     "packed_bytes",

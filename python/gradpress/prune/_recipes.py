@@ -15,6 +15,7 @@ from gradpress.prune._allocation import (
     in_whole_columns,
     sparsities_by_sensitivity,
 )
+from gradpress.prune._factor import inverse_factor
 from gradpress.prune._gradients import GradientNorms
 from gradpress.prune._many import select_many
 from gradpress.prune._pattern import read_pattern
@@ -351,11 +352,13 @@ class SparseGPT(PruningRecipe):
 
     def compress(self, observed: Sequence[Observed]) -> Iterator[Outcome]:
         """Prunes and adjusts layer after layer."""
+        known: tuple[int, torch.Tensor, torch.Tensor, str] | None = None
         for one in observed:
-            weight, note = one.layer.matrix, ""
-            hessian = one.inputs["hessian"].matrix
-            if not bool(hessian.diagonal().any()):
-                hessian, note = torch.eye(len(hessian), device=hessian.device), _UNREACHED
+            weight = one.layer.matrix
+            if known is None or known[0] != id(one.inputs["hessian"]):
+                known = None  # before there is another one
+                known = self._curvature(one)
+            _, hessian, factor, note = known
             result = sparsegpt(
                 weight,
                 hessian,
@@ -364,6 +367,7 @@ class SparseGPT(PruningRecipe):
                 block_size=self.block_size,
                 damp=self.damp,
                 reference=self.reference,
+                factor=factor,
             )
             pruned = result.weight
             assert isinstance(pruned, torch.Tensor)
@@ -375,6 +379,14 @@ class SparseGPT(PruningRecipe):
                 _output_error(weight, pruned, hessian),
                 note,
             )
+
+    def _curvature(self, one: Observed) -> tuple[int, torch.Tensor, torch.Tensor, str]:
+        """A Hessian's identity, itself, its factor, and what has to be known of it."""
+        statistic, note = one.inputs["hessian"], ""
+        hessian = statistic.matrix
+        if not bool(hessian.diagonal().any()):
+            hessian, note = torch.eye(len(hessian), device=hessian.device), _UNREACHED
+        return id(statistic), hessian, inverse_factor(hessian, self.damp, "auto"), note
 
 
 def _output_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -43,6 +43,7 @@ def sparsegpt(
     damp: float = 0.01,
     reference: bool = False,
     dtype: str = "auto",
+    factor: torch.Tensor | None = None,
 ) -> SparseGPTResult:
     """Prunes a weight and adjusts the rest of it: SparseGPT (Frantar and Alistarh 2023).
 
@@ -68,6 +69,8 @@ def sparsegpt(
         dtype: Of the Hessian's factorization, which takes a matrix of it and half as much again
             for a moment: ``"float32"``, ``"float64"``, or ``"auto"``: float32 for more than 512
             columns as long as the factor proves precise on a random vector, float64 otherwise.
+        factor: What :func:`inverse_factor` makes of this Hessian, for layers that share one; `damp`
+            and `dtype` do not matter then. Left out, it is found here.
 
     Raises:
         TypeError: an argument is no tensor or array, or of no floating dtype.
@@ -99,6 +102,8 @@ def sparsegpt(
         raise ValueError(f"{op}: damp must be finite and at least 0, got {damp}")
     if dtype not in ("auto", "float64", "float32"):
         raise ValueError(f'{op}: dtype must be "auto", "float64" or "float32", got {dtype!r}')
+    if factor is not None:
+        check_like(op, "factor", factor, (columns, columns))
     # A copy, since a float32 weight must not be changed.
     pruned = matrix.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     if not bool(torch.isfinite(pruned).all()):
@@ -107,7 +112,9 @@ def sparsegpt(
     loss = 0.0
     if pruned.numel():
         pruned[:, curvature.diagonal().to(pruned.device) == 0] = 0
-        factor = inverse_factor(curvature, damp, dtype).to(pruned)
+        if factor is None:
+            factor = inverse_factor(curvature, damp, dtype)
+        factor = factor.to(pruned)
         with full_precision():
             loss = _prune(pruned, kept, factor, wanted, block_size, reference)
     shape = tuple(weight.shape)
