@@ -1,5 +1,6 @@
 """Which weights stay: scores, masks, the second-order method, and packing, for single arrays."""
 
+from gradpress.prune._gradients import GradientNorms
 from gradpress.prune._score import (
     mask,
     score_gblm,
@@ -13,6 +14,7 @@ from gradpress.prune._statistics import Hessian, InputSquares
 from gradpress.prune._storage import PackedSparse, pack_sparse, packed_bytes, unpack_sparse
 
 __all__ = [
+    "GradientNorms",
     "Hessian",
     "InputSquares",
     "PackedSparse",
