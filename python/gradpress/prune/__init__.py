@@ -1,6 +1,7 @@
 """Which weights stay: scores, masks, the second-order method, and packing, for single arrays."""
 
 from gradpress.prune._gradients import GradientNorms
+from gradpress.prune._model import mask_model, select_model
 from gradpress.prune._score import (
     mask,
     score_gblm,
@@ -20,6 +21,7 @@ __all__ = [
     "PackedSparse",
     "SparseGPTResult",
     "mask",
+    "mask_model",
     "pack_sparse",
     "packed_bytes",
     "score_gblm",
@@ -27,6 +29,7 @@ __all__ = [
     "score_magnitude",
     "score_wanda",
     "select",
+    "select_model",
     "sparsegpt",
     "unpack_sparse",
 ]
