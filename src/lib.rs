@@ -29,7 +29,10 @@ mod _core {
         adamw_blockwise_direction, adamw_blockwise_step, adamw_direction, adamw_step,
     };
     #[pymodule_export]
-    use crate::prune::{prune_columns, score_weights, select_groups, select_matrix, select_rows};
+    use crate::prune::{
+        accumulate_gradients, prune_columns, score_histogram, score_weights, select_below,
+        select_below_workspace, select_groups, select_matrix, select_matrix_workspace, select_rows,
+    };
     #[pymodule_export]
     use crate::quant::{
         dequantize_blockwise, dequantize_dynamic, pack_int4, quantize_blockwise, quantize_dynamic,

@@ -6,6 +6,7 @@ from _typeshed import SupportsGetItem
 from typing import Any, SupportsFloat, SupportsIndex
 
 __all__ = [
+    "accumulate_gradients",
     "adamw_blockwise_direction",
     "adamw_blockwise_step",
     "adamw_direction",
@@ -31,9 +32,13 @@ __all__ = [
     "refresh_basis_factors_workspace",
     "refresh_basis_workspace",
     "round_bf16_stochastic",
+    "score_histogram",
     "score_weights",
+    "select_below",
+    "select_below_workspace",
     "select_groups",
     "select_matrix",
+    "select_matrix_workspace",
     "select_rows",
     "set_emulator",
     "set_simd_level",
@@ -45,6 +50,15 @@ __all__ = [
     "version",
     "warmup",
 ]
+
+def accumulate_gradients(
+    total: Any, part: Any, nonfinite: Any, squared: bool, scale: SupportsFloat | SupportsIndex
+) -> None:
+    """
+    Adds `|scale part|`, or with `squared` its square, to `total` (float32).
+
+    A term that is not finite is left out, and `nonfinite` (int64) increased by one.
+    """
 
 def adamw_blockwise_direction(
     grads: SupportsGetItem[int, Any],
@@ -447,6 +461,24 @@ def round_bf16_stochastic(
     Rounds float32 `x` stochastically into bfloat16 `out` of the same shape.
     """
 
+def score_histogram(
+    weight: Any,
+    scale: Any | None,
+    grad: Any | None,
+    state: Any,
+    counts: Any,
+    alpha: SupportsFloat | SupportsIndex,
+    given: bool,
+    half: bool,
+    shift: SupportsIndex,
+) -> None:
+    """
+    Adds to `counts` (int64, 2048) how many scores' keys have which digit: the bits from `shift` on,
+    which is 21, 10 or 0, up to the next of them, of keys whose bits above are those of `state[0]`.
+
+    A key is the score's bits as an unsigned integer, in the order of the scores.
+    """
+
 def score_weights(
     weight: Any,
     scale: Any | None,
@@ -459,6 +491,30 @@ def score_weights(
     Writes the scores of a matrix: `|weight|`, times `scale` of the column plus `alpha |grad|`.
 
     `half` rounds the gradient's product to float16 and leaves `alpha` out, as the papers' code.
+    """
+
+def select_below(
+    weight: Any,
+    scale: Any | None,
+    grad: Any | None,
+    state: Any,
+    mask: Any,
+    nan: Any,
+    workspace: Any,
+    alpha: SupportsFloat | SupportsIndex,
+    given: bool,
+    half: bool,
+) -> None:
+    """
+    Marks in `mask` (uint8) the scores whose keys are above `state[0]`, and those that equal it but
+    for the first `state[1]` of them, of the `state[2]` that this matrix and the following have.
+
+    Both numbers are decreased by what this matrix has; they stay where none is dropped, or all.
+    """
+
+def select_below_workspace(numel: SupportsIndex) -> int:
+    """
+    Elements of `workspace` of `select_below` for a matrix of so many.
     """
 
 def select_groups(
@@ -483,6 +539,7 @@ def select_matrix(
     grad: Any | None,
     mask: Any,
     nan: Any,
+    workspace: Any,
     alpha: SupportsFloat | SupportsIndex,
     given: bool,
     half: bool,
@@ -491,6 +548,13 @@ def select_matrix(
 ) -> None:
     """
     The same among all weights of a matrix; `through` drops one more, and all that equal the last.
+
+    `workspace` (int64) holds zeros, as many as `select_matrix_workspace` says.
+    """
+
+def select_matrix_workspace(numel: SupportsIndex) -> int:
+    """
+    Elements of `workspace` of `select_matrix` for a matrix of so many.
     """
 
 def select_rows(

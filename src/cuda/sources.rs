@@ -31,6 +31,8 @@ pub static KERNELS: &[Source] = sources!["":
     "optim.cu",
     "prune.cu",
     "prune_columns.cu",
+    "prune_gradients.cu",
+    "prune_matrix.cu",
     "quant.cu",
     "update.cu",
 ];
@@ -59,6 +61,7 @@ pub static HEADERS: &[Source] = sources!["include/":
     "random.cuh",
     "reduce.cuh",
     "run.cuh",
+    "score.cuh",
     "state.cuh",
     "tile.cuh",
 ];

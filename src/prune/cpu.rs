@@ -3,34 +3,26 @@
 use std::cell::RefCell;
 
 use super::score::Score;
-use super::select::{self, Keys, SAMPLE, Threshold};
+use super::select::{self, Threshold};
 use crate::cpu::threads::Threads;
 use crate::multiversion;
 use crate::tensor::Float;
 
 /// Elements of one task.
-const TASK: usize = 1 << 16;
+pub const TASK: usize = 1 << 16;
 /// Groups that are compared together.
 const LANES: usize = 16;
 
 /// Scratch of one thread.
 #[derive(Default)]
-struct Scratch {
-    keys: Vec<i32>,
-    candidates: Vec<i32>,
-    values: Vec<f32>,
+pub struct Scratch {
+    pub keys: Vec<i32>,
+    pub candidates: Vec<i32>,
+    pub values: Vec<f32>,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// How many of the least elements are dropped.
-#[derive(Clone, Copy, Debug)]
-pub struct Drop {
-    pub count: usize,
-    /// As the reference of magnitude pruning: one more, and all that equal the last.
-    pub through: bool,
+    pub static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// Writes the scores of weights.
@@ -58,7 +50,7 @@ multiversion! {
 
 /// Keeps the keys above the threshold, and those equal to it beyond the first `equal`, which is
 /// decreased by those that it drops.
-fn keep(keys: &[i32], key: i32, equal: &mut usize, keep_rest: bool, mask: &mut [u8]) {
+pub fn keep(keys: &[i32], key: i32, equal: &mut usize, keep_rest: bool, mask: &mut [u8]) {
     above(keys, key, mask);
     if keep_rest {
         for (mask, _) in mask.iter_mut().zip(keys).filter(|(_, other)| **other == key) {
@@ -122,101 +114,6 @@ fn each_row<T: Float>(
                 nan
             })
         });
-    counts.into_iter().sum()
-}
-
-/// The keys of a whole matrix, made anew whenever they are counted.
-struct Recomputed<'a, T> {
-    threads: Threads,
-    weights: &'a [T],
-    score: Score<'a>,
-}
-
-impl<T: Float> Recomputed<'_, T> {
-    /// Calls `look` with the keys of every task, and gives its results in order.
-    fn map<R: Send>(&self, look: impl Fn(&[i32]) -> R + Send + Sync) -> Vec<(usize, R)> {
-        let tasks: Vec<_> = self.weights.chunks(TASK).enumerate().collect();
-        self.threads.map(self.weights.len(), tasks, |(i, weights)| {
-            SCRATCH.with_borrow_mut(|Scratch { keys, values, .. }| {
-                keys.resize(weights.len(), 0);
-                let nan = self.score.keys(weights, i * TASK, values, keys);
-                (nan, look(keys))
-            })
-        })
-    }
-}
-
-impl<T: Float> Keys for Recomputed<'_, T> {
-    fn count(&self) -> usize {
-        self.weights.len()
-    }
-
-    fn sample(&mut self, out: &mut Vec<i32>) {
-        let step = self.weights.len().div_ceil(SAMPLE).max(1);
-        let mut values = Vec::new();
-        for element in (0..self.weights.len()).step_by(step) {
-            let mut key = [0];
-            self.score.keys(&self.weights[element..=element], element, &mut values, &mut key);
-            out.extend(key);
-        }
-    }
-
-    fn below(&mut self, pivots: [i32; 2]) -> [usize; 2] {
-        let counts = self.map(|keys| select::count_below(keys, pivots));
-        counts.into_iter().fold([0; 2], |[a, b], (_, [p, q])| [a + p, b + q])
-    }
-
-    fn within(&mut self, low: i32, high: i32, out: &mut Vec<i32>) {
-        let found = self.map(|keys| {
-            let mut found = Vec::new();
-            select::take_within(keys, low, high, &mut found);
-            found
-        });
-        found.into_iter().for_each(|(_, found)| out.extend(found));
-    }
-}
-
-/// Keeps all but the least scores of a whole matrix, of equal ones the later; returns how many
-/// scores are not a number.
-pub fn select_matrix<T: Float>(
-    threads: Threads,
-    weights: &[T],
-    score: Score<'_>,
-    drop: Drop,
-    mask: &mut [u8],
-) -> usize {
-    let count = weights.len();
-    let mut keys = Recomputed { threads, weights, score };
-    if count == 0 || drop.count >= count || (drop.count == 0 && !drop.through) {
-        mask.fill(u8::from(drop.count < count));
-        return keys.map(|_| ()).into_iter().map(|(nan, ())| nan).sum();
-    }
-    let rank = if drop.through { drop.count } else { drop.count - 1 };
-    let mut candidates = Vec::new();
-    let Threshold { key, less, equal } = select::threshold(&mut keys, rank, &mut candidates);
-    let dropped = if drop.through { equal } else { drop.count - less };
-    let keep_rest = dropped < equal;
-    // How many equal keys come before each task.
-    let mut firsts = Vec::new();
-    if keep_rest {
-        let mut left = dropped;
-        for (_, [less, through]) in keys.map(|keys| select::count_below(keys, [key, key + 1])) {
-            firsts.push(left);
-            left = left.saturating_sub(through - less);
-        }
-    } else {
-        firsts.resize(count.div_ceil(TASK), 0);
-    }
-    let tasks: Vec<_> =
-        weights.chunks(TASK).zip(mask.chunks_mut(TASK)).zip(firsts).enumerate().collect();
-    let counts = threads.map(count, tasks, |(i, ((weights, mask), mut first))| {
-        SCRATCH.with_borrow_mut(|Scratch { keys, values, .. }| {
-            keys.resize(weights.len(), 0);
-            let nan = score.keys(weights, i * TASK, values, keys);
-            keep(keys, key, &mut first, keep_rest, mask);
-            nan
-        })
-    });
     counts.into_iter().sum()
 }
 

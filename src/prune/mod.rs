@@ -3,8 +3,11 @@
 pub mod columns;
 pub mod cpu;
 pub mod cuda;
+pub mod gradients;
+pub mod matrix;
 pub mod score;
 pub mod select;
+pub mod threshold;
 
 use pyo3::prelude::*;
 
@@ -13,8 +16,13 @@ use crate::error::{Name, Result};
 use crate::match_float;
 use crate::tensor::{Arg, Check, DType, Device, TensorView, TensorViewMut};
 use columns::{Block, Pattern};
-use cpu::Drop;
+use matrix::Drop;
 use score::{Kind, Score};
+
+pub use gradients::accumulate_gradients;
+pub use threshold::{
+    score_histogram, select_below, select_below_workspace, select_matrix_workspace,
+};
 
 /// The most columns of a block of `prune_columns`.
 const MOST_COLUMNS: usize = 256;
@@ -88,9 +96,15 @@ impl Scored {
         }
     }
 
-    /// The one device of this and of written tensors, which overlap nothing.
-    fn device(&self, check: Check, written: &[(Name, &TensorViewMut)]) -> Result<Device> {
+    /// The one device of this, of written tensors, which overlap nothing, and of others.
+    fn device(
+        &self,
+        check: Check,
+        written: &[(Name, &TensorViewMut)],
+        others: &[(Name, &TensorView)],
+    ) -> Result<Device> {
         let mut read: Vec<(Name, &TensorView)> = vec![("weight".into(), &self.weight)];
+        read.extend(others);
         read.extend(self.scale.as_ref().map(|t| (Name::from("scale"), t)));
         read.extend(self.grad.as_ref().map(|t| (Name::from("grad"), t)));
         one_device(check, written, &read)
@@ -129,7 +143,7 @@ pub fn score_weights(
     let out = check.output("out", out)?;
     check.dtype("out", &out, DType::F32)?;
     check.shape("out", &out, &[scored.rows, scored.columns])?;
-    let device = scored.device(check, &[("out".into(), &out)])?;
+    let device = scored.device(check, &[("out".into(), &out)], &[])?;
     let cpu = |(scored, out): &mut (Scored, TensorViewMut), threads| {
         // SAFETY: on the CPU, contiguous float32, and disjoint.
         let (score, out) = unsafe { (scored.score(), out.as_mut_slice()) };
@@ -144,10 +158,9 @@ pub fn score_weights(
 }
 
 /// Among which weights the least are dropped.
-#[derive(Clone, Copy, Debug)]
 pub enum Among {
     Row,
-    Matrix { through: bool },
+    Matrix { through: bool, workspace: TensorViewMut },
     Columns { size: usize },
 }
 
@@ -170,10 +183,15 @@ fn select(
     nan: Arg,
 ) -> PyResult<()> {
     let check = Check { op };
-    let (of, most) = match among {
+    let (of, most) = match &among {
         Among::Row => ("from 0 to the number of columns", scored.columns),
-        Among::Matrix { .. } => ("from 0 to the number of elements", scored.weight.numel()),
-        Among::Columns { size } => {
+        Among::Matrix { workspace, .. } => {
+            let numel = scored.weight.numel();
+            check.dtype("workspace", workspace, DType::I64)?;
+            check.shape("workspace", workspace, &[select_matrix_workspace(numel)])?;
+            ("from 0 to the number of elements", numel)
+        }
+        &Among::Columns { size } => {
             let whole = size > 0 && scored.columns.is_multiple_of(size);
             check.value("size", whole, format!("a divisor of {} columns", scored.columns), size)?;
             ("from 0 to size", size)
@@ -186,7 +204,11 @@ fn select(
     let nan = check.output("nan", nan)?;
     check.dtype("nan", &nan, DType::I64)?;
     check.shape("nan", &nan, &[1])?;
-    let device = scored.device(check, &[("mask".into(), &mask), ("nan".into(), &nan)])?;
+    let mut written: Vec<(Name, _)> = vec![("mask".into(), &mask), ("nan".into(), &nan)];
+    if let Among::Matrix { workspace, .. } = &among {
+        written.push(("workspace".into(), workspace));
+    }
+    let device = scored.device(check, &written, &[])?;
     let args = Selection { scored, among, drop, mask, nan };
     let cpu = move |args: &mut Selection, threads| {
         let Selection { scored, among, drop, mask, nan } = args;
@@ -197,13 +219,13 @@ fn select(
         let found = match_float!(scored.weight, op, |T| {
             // SAFETY: contiguous, on the CPU, of dtype T; no output overlaps it.
             let weights = unsafe { scored.weight.as_slice::<T>() };
-            Ok(match *among {
+            Ok(match among {
                 Among::Row => cpu::select_rows(threads, weights, score, drop, mask),
-                Among::Matrix { through } => {
-                    let drop = Drop { count: drop, through };
-                    cpu::select_matrix(threads, weights, score, drop, mask)
+                Among::Matrix { through, .. } => {
+                    let drop = Drop { count: drop, through: *through };
+                    matrix::select_matrix(threads, weights, score, drop, mask)
                 }
-                Among::Columns { size } => {
+                &mut Among::Columns { size } => {
                     cpu::select_groups(threads, weights, score, size, drop, mask)
                 }
             })
@@ -238,6 +260,8 @@ pub fn select_rows(
 }
 
 /// The same among all weights of a matrix; `through` drops one more, and all that equal the last.
+///
+/// `workspace` (int64) holds zeros, as many as `select_matrix_workspace` says.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn select_matrix(
@@ -247,6 +271,7 @@ pub fn select_matrix(
     grad: Option<Arg>,
     mask: Arg,
     nan: Arg,
+    workspace: Arg,
     alpha: f32,
     given: bool,
     half: bool,
@@ -255,7 +280,8 @@ pub fn select_matrix(
 ) -> PyResult<()> {
     const OP: &str = "select_matrix";
     let scored = Scored::new(Check { op: OP }, weight, scale, grad, alpha, given, half)?;
-    select(py, OP, scored, Among::Matrix { through }, drop, mask, nan)
+    let workspace = Check { op: OP }.output("workspace", workspace)?;
+    select(py, OP, scored, Among::Matrix { through, workspace }, drop, mask, nan)
 }
 
 /// The same among every `size` consecutive columns of a row.

@@ -11,6 +11,7 @@ RUNTIME = {
     *("cuda_status", "warmup", "compile_kernels", "kernel_modules", "set_emulator"),
     *("project_workspace", "project_back_requantize_workspace"),
     *("refresh_basis_workspace", "svd_workspace"),
+    *("select_matrix_workspace", "select_below_workspace"),
     *("project_factors_workspace", "refresh_basis_factors_workspace"),
 }
 

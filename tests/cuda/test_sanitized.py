@@ -19,6 +19,11 @@ SELECTED = {
         " or test_svd[emulator-wide] or (test_project_back_add and dtype2-4)"
         " or (from_factors and 8-4)",
     ),
+    "pruning": (
+        [TESTS / "cuda" / "test_parity_prune.py"],
+        "(dtype2 and not groups) or (groups and 7-3-dtype0) or prune_columns[emulator-40]"
+        " or prune_columns[emulator-144] or many_blocks",
+    ),
 }
 
 

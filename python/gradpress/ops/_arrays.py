@@ -52,6 +52,13 @@ def empty_like_kind(x: Array, shape: Sequence[int], dtype: str) -> Array:
     return np.empty(tuple(shape), dtype=dtype)
 
 
+def zeros_like_kind(x: Array, shape: Sequence[int], dtype: str) -> Array:
+    """The same, of zeros."""
+    if isinstance(x, torch.Tensor):
+        return torch.zeros(tuple(shape), dtype=_TORCH_DTYPES[dtype], device=x.device)
+    return np.zeros(tuple(shape), dtype=dtype)
+
+
 def new_counter(x: Array) -> Array:
     """An int64 zero of one element, of `x`'s kind and device, for kernels to count in."""
     if isinstance(x, torch.Tensor):

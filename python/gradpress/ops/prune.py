@@ -19,8 +19,13 @@ from gradpress.ops._arrays import (
     dtype_name,
     empty_like_kind,
     new_counter,
+    numel,
     written,
+    zeros_like_kind,
 )
+
+#: Where the digits of a score's key lie, from the highest on, and how many values each has.
+SHIFTS, DIGIT_VALUES = (21, 10, 0), 2048
 
 
 class Selected(NamedTuple):
@@ -133,7 +138,8 @@ def select_matrix(
     """
     weight, mask, nan = _prepared("select_matrix", weight)
     scale, grad = _float32(scale), _float32(grad)
-    _core.select_matrix(weight, scale, grad, mask, nan, alpha, given, half, drop, through)
+    room = zeros_like_kind(weight, (_core.select_matrix_workspace(numel(weight)),), "int64")
+    _core.select_matrix(weight, scale, grad, mask, nan, room, alpha, given, half, drop, through)
     return Selected(_truths(mask), nan)
 
 
@@ -153,6 +159,102 @@ def select_groups(
     scale, grad = _float32(scale), _float32(grad)
     _core.select_groups(weight, scale, grad, mask, nan, alpha, given, half, drop, size)
     return Selected(_truths(mask), nan)
+
+
+def score_histogram(
+    weight: Array,
+    scale: Array | None = None,
+    grad: Array | None = None,
+    *,
+    state: Array,
+    counts: Array,
+    shift: int,
+    alpha: float = 1.0,
+    given: bool = False,
+    half: bool = False,
+) -> None:
+    """Counts a digit of the scores' keys, to find the threshold of many matrices at once.
+
+    A key is the score as an unsigned integer of 32 bits in the same order; its digits are the bits
+    from 21, from 10 and from 0 on.
+
+    Args:
+        weight: As for :func:`score_weights`.
+        scale: As there.
+        grad: As there.
+        state: int64 ``[3]``; the first number holds the digits above this one, and only keys that
+            have these are counted.
+        counts: int64 ``[2048]``; increased by the keys that have each value of the digit.
+        shift: Where the digit begins: 21, 10 or 0.
+        alpha: As there.
+        given: As for :func:`select_rows`.
+        half: As there.
+    """
+    weight = contiguous(check_array("score_histogram", "weight", weight))
+    scale, grad = _float32(scale), _float32(grad)
+    _core.score_histogram(weight, scale, grad, state, counts, alpha, given, half, shift)
+    written([counts])
+
+
+def select_below(
+    weight: Array,
+    scale: Array | None = None,
+    grad: Array | None = None,
+    *,
+    state: Array,
+    alpha: float = 1.0,
+    given: bool = False,
+    half: bool = False,
+) -> Selected:
+    """Keeps the scores above a threshold, which may be that of many matrices.
+
+    Args:
+        weight: As for :func:`score_weights`.
+        scale: As there.
+        grad: As there.
+        state: int64 ``[3]``: the threshold's key as for :func:`score_histogram`; how many scores
+            that equal it are dropped, the first ones of this matrix before those of the next; how
+            many there are. What this matrix has of them is taken off, unless none or all are
+            dropped.
+        alpha: As there.
+        given: As for :func:`select_rows`.
+        half: As there.
+    """
+    weight, mask, nan = _prepared("select_below", weight)
+    scale, grad = _float32(scale), _float32(grad)
+    room = empty_like_kind(weight, (_core.select_below_workspace(numel(weight)),), "int64")
+    _core.select_below(weight, scale, grad, state, mask, nan, room, alpha, given, half)
+    written([state])
+    return Selected(_truths(mask), nan)
+
+
+def accumulate_gradients(
+    total: Array,
+    part: Array,
+    squared: bool = False,
+    scale: float = 1.0,
+    *,
+    nonfinite: Array | None = None,
+) -> Array:
+    """Adds ``|scale * part|``, or its square, to `total` in place and in one pass.
+
+    A term that is not finite is left out and counted.
+
+    Args:
+        total: float32, contiguous: a matrix, or a run of its rows.
+        part: float32, float16 or bfloat16 in the same shape: the gradient of one sample.
+        squared: Add squares.
+        scale: Factor of every gradient, before it is squared.
+        nonfinite: int64 of one element, increased by the terms left out; a new one when left out.
+
+    Returns:
+        `nonfinite`.
+    """
+    part = contiguous(check_array("accumulate_gradients", "part", part))
+    counter = new_counter(part) if nonfinite is None else nonfinite
+    _core.accumulate_gradients(total, part, counter, squared, scale)
+    written([total, counter])
+    return counter
 
 
 def prune_columns(

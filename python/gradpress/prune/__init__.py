@@ -1,7 +1,9 @@
-"""Which weights stay: scores, masks, the second-order method, and packing, for single arrays."""
+"""Which weights stay: for single arrays, and recipes for whole models."""
 
 from gradpress.prune._factor import inverse_factor
+from gradpress.prune._gradients import GradientNorms
 from gradpress.prune._masks import HeldMasks, apply_masks_, hold_masks_
+from gradpress.prune._model import mask_model, select_model
 from gradpress.prune._recipes import GBLM, Gradient, Magnitude, PruningRecipe, SparseGPT, Wanda
 from gradpress.prune._score import (
     mask,
@@ -19,6 +21,7 @@ from gradpress.prune._storage import PackedSparse, pack_sparse, packed_bytes, un
 __all__ = [
     "GBLM",
     "Gradient",
+    "GradientNorms",
     "HeldMasks",
     "Hessian",
     "InputSquares",
@@ -34,6 +37,7 @@ __all__ = [
     "hold_masks_",
     "inverse_factor",
     "mask",
+    "mask_model",
     "pack_sparse",
     "packed_bytes",
     "score_gblm",
@@ -41,6 +45,7 @@ __all__ = [
     "score_magnitude",
     "score_wanda",
     "select",
+    "select_model",
     "sparsegpt",
     "sparsity",
     "unpack_sparse",

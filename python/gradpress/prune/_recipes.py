@@ -17,7 +17,7 @@ from gradpress.prune._allocation import (
 )
 from gradpress.prune._factor import inverse_factor
 from gradpress.prune._gradients import GradientNorms
-from gradpress.prune._many import select_many
+from gradpress.prune._model import select_model
 from gradpress.prune._pattern import read_pattern
 from gradpress.prune._score import select
 from gradpress.prune._sparsegpt import sparsegpt
@@ -171,10 +171,14 @@ class _ScoreRecipe(PruningRecipe):
         share = 0.5 if self.sparsity is None else self.sparsity
         assert not isinstance(share, Mapping)
         found = [self._factors_or_magnitude(one) for one in observed]
-        masks = select_many(
+        shared = dict(found[0][0]) if found else {}
+        masks = select_model(
             [one.layer.matrix for one in observed],
-            [factors for factors, _ in found],
+            input_sqs=[factors.get("input_sq") for factors, _ in found],
+            grad_norms=[factors.get("grad_norm") for factors, _ in found],
             sparsity=share,
+            reference=self.reference,
+            **{key: shared[key] for key in ("alpha", "norm", "tokens") if key in shared},
         )
         for one, mask, (_, note) in zip(observed, masks, found, strict=True):
             yield masked(one, mask, note)

@@ -22,7 +22,7 @@ _ALPHAS = {"l1": 100.0 * _SAMPLES, "l2": 100.0 * math.sqrt(_SAMPLES)}
 
 
 @dataclass(frozen=True)
-class _Factors:
+class Factors:
     """What weights are multiplied with.
 
     Attributes:
@@ -47,7 +47,7 @@ def _root(x: Array, factor: float) -> Array:
     return root
 
 
-def _factors(
+def factors_of(
     op: str,
     weight: Array,
     input_sq: Array | None = None,
@@ -56,7 +56,7 @@ def _factors(
     norm: str = "l1",
     tokens: int = TOKENS,
     reference: bool = False,
-) -> tuple[Array, _Factors]:
+) -> tuple[Array, Factors]:
     """The weights as a matrix, and what they are multiplied with."""
     matrix = as_matrix(op, "weight", weight)
     if norm not in _ALPHAS:
@@ -76,10 +76,10 @@ def _factors(
         grad = check_like(op, "grad_norm", grad_norm, tuple(weight.shape)).reshape(matrix.shape)
     if scale is None and alpha is None:
         alpha = 1.0  # it scales all scores alike
-    return matrix, _Factors(scale, grad, _ALPHAS[norm] if alpha is None else alpha, reference)
+    return matrix, Factors(scale, grad, _ALPHAS[norm] if alpha is None else alpha, reference)
 
 
-def _score(weight: Array, matrix: Array, by: _Factors) -> Array:
+def _score(weight: Array, matrix: Array, by: Factors) -> Array:
     score = kernels.score_weights(matrix, by.scale, by.grad, alpha=by.alpha, half=by.half)
     return score.reshape(tuple(weight.shape))
 
@@ -93,7 +93,7 @@ def score_magnitude(weight: Array) -> Array:
     Returns:
         float32 in the shape of `weight`, the same kind of array.
     """
-    return _score(weight, *_factors("score_magnitude", weight))
+    return _score(weight, *factors_of("score_magnitude", weight))
 
 
 def score_wanda(weight: Array, input_sq: Array) -> Array:
@@ -118,7 +118,7 @@ def score_wanda(weight: Array, input_sq: Array) -> Array:
         >>> gradpress.prune.score_wanda(weight, torch.tensor([4.0, 9.0, 4.0, 1.0]))
         tensor([[1.0000, 3.0000, 0.5000, 2.0000]])
     """
-    return _score(weight, *_factors("score_wanda", weight, input_sq))
+    return _score(weight, *factors_of("score_wanda", weight, input_sq))
 
 
 def score_gblm(
@@ -157,7 +157,7 @@ def score_gblm(
         TypeError, ValueError: as :func:`score_wanda`; or `alpha`, `norm` or `tokens` is out of
             range, or `alpha` is given beside `reference`.
     """
-    factors = _factors("score_gblm", weight, input_sq, grad_norm, alpha, norm, tokens, reference)
+    factors = factors_of("score_gblm", weight, input_sq, grad_norm, alpha, norm, tokens, reference)
     return _score(weight, *factors)
 
 
@@ -169,14 +169,14 @@ def score_gradient(weight: Array, grad_norm: Array, *, reference: bool = False) 
         grad_norm: In the shape of `weight`, as for :func:`score_gblm`.
         reference: Multiply in float16, as the authors' code.
     """
-    factors = _factors("score_gradient", weight, grad_norm=grad_norm, reference=reference)
+    factors = factors_of("score_gradient", weight, grad_norm=grad_norm, reference=reference)
     return _score(weight, *factors)
 
 
 def _choose(
     op: str,
     matrix: Array,
-    factors: _Factors,
+    factors: Factors,
     sparsity: float | None,
     pattern: str,
     group: str,
@@ -256,7 +256,7 @@ def mask(
     """
     matrix = as_matrix("mask", "score", score)
     chosen = _choose(
-        "mask", matrix, _Factors(), sparsity, pattern, group, given=True, reference=reference
+        "mask", matrix, Factors(), sparsity, pattern, group, given=True, reference=reference
     )
     return chosen.reshape(tuple(score.shape))
 
@@ -291,7 +291,7 @@ def select(
         tensor([[False,  True, False,  True]])
     """
     op = "select"
-    matrix, factors = _factors(op, weight, input_sq, grad_norm, alpha, norm, tokens, reference)
+    matrix, factors = factors_of(op, weight, input_sq, grad_norm, alpha, norm, tokens, reference)
     chosen = _choose(
         op, matrix, factors, sparsity, pattern, group, given=False, reference=reference
     )
