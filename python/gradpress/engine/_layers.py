@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +92,15 @@ def select_layers(op: str, model: nn.Module, targets: Targets) -> list[Layer]:
     Raises:
         ValueError: nothing matches, or a weight that does cannot be compressed.
     """
-    layers = [
-        Layer(name, module) for name, module in select_modules(model, targets, _is_layer).items()
-    ]
+    layers: list[Layer] = []
+    with contextlib.suppress(ValueError):  # nothing matches
+        chosen = select_modules(model, targets, _is_layer)
+        layers = [Layer(name, module) for name, module in chosen.items()]
     if not layers:
-        raise ValueError(f"{op}: model must have a layer that matches {targets!r}, got none")
+        every = [name for name, module in model.named_modules() if _is_layer(module)]
+        raise ValueError(
+            f"{op}: modules must match a layer of the model, got {targets!r}; it has {every}"
+        )
     owners: dict[int, str] = {}
     for layer in layers:
         weight = layer.module.weight

@@ -40,7 +40,7 @@ class CompressedLayer:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressionReport(TableReport):
     """What :func:`gradpress.compress` did; prints as a table, in notebooks too.
 
@@ -48,7 +48,8 @@ class CompressionReport(TableReport):
         rows: One :class:`CompressedLayer` for each layer, in the order they were compressed.
         seconds: In all, the runs of the model included.
         statistics_bytes: The most that statistics of inputs and gradients took together.
-        stream_bytes: The most that the calibration inputs of one block take.
+        stream_bytes: The most that the calibration inputs of one block take, with what else the
+            model gives its blocks, such as masks.
     """
 
     rows: tuple[CompressedLayer, ...]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from gradpress.engine._batches import (
     Batch,
@@ -124,7 +125,7 @@ class BlockStream(Stream):
         for batch in self._batches:
             x, calls = self._chain.arguments(self._model, batch)
             self._inputs.append(x)
-            self._calls.append(calls)
+            self._calls.append(_without_copies(calls, self._calls[-1]) if self._calls else calls)
 
     def run(self, index: int, begin: Callable[[Run], None], end: Callable[[], None]) -> None:
         """Runs one block on every batch."""
@@ -152,3 +153,27 @@ class BlockStream(Stream):
     def end(self) -> None:
         """Lets all of it go."""
         self._inputs, self._calls = [], []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs, and of all other arguments of all blocks."""
+        held = [x for x in tree_leaves(self._calls) if isinstance(x, torch.Tensor)]
+        return super().nbytes + sum({id(x): x.nbytes for x in held}.values())
+
+
+def _without_copies(calls: list[Arguments], known: list[Arguments]) -> list[Arguments]:
+    """Arguments, with those that another batch has just the same, such as masks, held once."""
+    leaves, structure = tree_flatten(calls)
+    others, other = tree_flatten(known)
+    if structure != other:
+        return calls
+    instead: dict[int, object] = {}
+    for x, y in zip(leaves, others, strict=True):
+        if isinstance(x, torch.Tensor) and id(x) not in instead:
+            instead[id(x)] = y if _equal(x, y) else x
+    held: list[Arguments] = tree_unflatten([instead.get(id(x), x) for x in leaves], structure)
+    return held
+
+
+def _equal(x: torch.Tensor, y: object) -> bool:
+    return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)

@@ -21,11 +21,19 @@ from gradpress.optim import _projector as projector
 from gradpress.optim._adam import AdamHyper, Batch, new_moments, released_form, step_directions
 from gradpress.optim._base import Group, State, plain_gradient
 from gradpress.optim._gaussian import gaussian
-from gradpress.optim._limiter import TINY, limit_growth, norms_along, total_norm
+from gradpress.optim._limiter import (
+    TINY,
+    limit_together,
+    long_side,
+    norms_along,
+    scaled,
+    told_norms,
+    total_norm,
+)
 from gradpress.optim._projected import ProjectedOptimizer, check_options
 from gradpress.optim._report import ProjectorRow
 from gradpress.optim._scaling import Scale
-from gradpress.optim._weights import add_update
+from gradpress.optim._weights import add_scaled, add_update, adds_directly, in_turns, on_host
 from gradpress.optim.adamw8bit import AdamW8bit
 
 
@@ -46,7 +54,7 @@ class Apollo(ProjectedOptimizer):
     drawn anew every `update_proj_gap` steps, and is no part of the state. All other parameters
     take the rule of :class:`AdamW8bit`. Weights quantized by :func:`gradpress.nn.quantize_` are
     updated in place with stochastic rounding (the paper's Q-APOLLO). Takes a float32 copy of one
-    update at a time.
+    update at a time, but for float32 weights on the CPU.
 
     Args:
         params: Parameters or groups, as :func:`gradpress.optim.param_groups` makes them. Every
@@ -135,50 +143,78 @@ class Apollo(ProjectedOptimizer):
 
     def _step_matrices(self, group: Group, params: list[torch.Tensor], scale: Scale) -> None:
         hyper = AdamHyper.of(group, scale)
-        for p in params:
-            self._step_matrix(group, p, hyper)
+        steps = (int(self.state[p]["step"].item()) for p in params)
+        for run in in_turns(params, steps):
+            self._step_together(group, params[run], hyper)
 
-    def _step_matrix(self, group: Group, p: torch.Tensor, hyper: AdamHyper) -> None:
-        state = self.state[p]
-        grad = plain_gradient(p).view(projector.matrix_shape(p))
-        factors, size = self._factors(group, state, grad, hyper)
-        update = grad.to(torch.float32) * (factors / hyper.grad_scale)
-        update.nan_to_num_(0.0, 0.0, 0.0)
+    def _step_together(self, group: Group, params: list[torch.Tensor], hyper: AdamHyper) -> None:
+        """Steps matrices that are in the same step."""
+        states, decay = [self.state[p] for p in params], hyper.lr * hyper.weight_decay
+        grads = [plain_gradient(p).view(projector.matrix_shape(p)) for p in params]
+        step = int(states[0]["step"].item())
+        size = math.sqrt(1.0 - hyper.beta2**step) / (1.0 - hyper.beta1**step)
+        factors = self._factors(group, states, grads, hyper, size)
         root = math.sqrt(group["scale"])
-        front, back = (root, 1.0) if group["scale_front"] else (1.0, root)
-        norm = total_norm(update) * front
-        limit = limit_growth(norm, state["update_norm"], group["norm_growth"], hyper.found_inf)
-        decay = hyper.lr * hyper.weight_decay
-        step = hyper.lr * size * front * back * (1.0 - decay)
-        update.mul_(limit * (step if hyper.maximize else -step))
-        add_update(p, update, group, state, decay=decay, found_inf=hyper.found_inf)
+        rate = (1.0 if hyper.maximize else -1.0) * hyper.lr * size * root * (1.0 - decay)
+        front = root if group["scale_front"] else 1.0
+        told: list[torch.Tensor | None] = [None] * len(params)
+        if on_host(grads[0]) and hyper.found_inf is None:
+            told = told_norms(grads, factors, None, abs(rate))
+        updates = {i: scaled(grads[i], factors[i]) for i, norm in enumerate(told) if norm is None}
+        norms = [total_norm(updates[i]) if norm is None else norm for i, norm in enumerate(told)]
+        limits = limit_together(
+            [front * norm for norm in norms], states, group["norm_growth"], hyper.found_inf
+        )
+        for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+            change = limits[i] * rate
+            if i not in updates and adds_directly(p, grad, decay):
+                add_scaled(p.detach().view(grad.shape), grad, factors[i] * change, decay)
+                continue
+            whole = i in updates
+            update = updates[i].mul_(change) if whole else scaled(grad, factors[i] * change)
+            add_update(p, update, group, states[i], decay=decay, found_inf=hyper.found_inf)
 
     def _factors(
-        self, group: Group, state: State, grad: torch.Tensor, hyper: AdamHyper
-    ) -> tuple[torch.Tensor, float]:
-        """Steps the sketch's moments.
+        self,
+        group: Group,
+        states: list[State],
+        grads: list[torch.Tensor],
+        hyper: AdamHyper,
+        size: float,
+    ) -> list[torch.Tensor]:
+        """Steps the sketches' moments.
 
         Returns:
-            What every row or column is multiplied by, and the step size's bias correction.
+            What every row or column of each gradient is multiplied by, but for the step `size`.
         """
-        rows, columns = grad.shape
-        rank = state["projector_rank"]
-        basis = self._projection(group, state, min(rows, columns), grad.device)
-        sketch = torch.empty(
-            kernels.projected_shape(rows, columns, rank), dtype=torch.float32, device=grad.device
-        )
-        kernels.project([grad], [basis], [sketch])
-        along = 1 if rows >= columns else 0
-        before = norms_along(sketch, along) / hyper.grad_scale
-        step = int(state["step"].item())
-        size = math.sqrt(1.0 - hyper.beta2**step) / (1.0 - hyper.beta1**step)
+        sketches = self._sketches(group, states, grads)
+        alongs = [long_side(grad.shape) for grad in grads]
+        before = [norms_along(*pair) for pair in zip(sketches, alongs, strict=True)]
         # Adam's direction times -size: signs do not matter to a norm.
-        unit = released_form(hyper._replace(lr=1.0, weight_decay=0.0), step)
-        step_directions(Batch([sketch], [sketch], [state]), unit, self._counter(grad.device))
-        after = norms_along(sketch, along) / size
+        unit = hyper._replace(lr=1.0, weight_decay=0.0)
+        unit = released_form(unit, int(states[0]["step"].item()))
+        step_directions(Batch(sketches, sketches, states), unit, self._counter(grads[0].device))
+        after = [norms_along(*pair) for pair in zip(sketches, alongs, strict=True)]
         if group["scale_type"] == "tensor":
-            after, before = total_norm(after), total_norm(before)
-        return after / (before + TINY), size
+            before, after = ([total_norm(x) for x in norms] for norms in (before, after))
+        return [
+            a / size / (b / hyper.grad_scale + TINY) / hyper.grad_scale
+            for a, b in zip(after, before, strict=True)
+        ]
+
+    def _sketches(
+        self, group: Group, states: list[State], grads: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The gradients times the random matrices of this step."""
+        device = grads[0].device
+        bases, sketches = [], []
+        for state, grad in zip(states, grads, strict=True):
+            rows, columns = grad.shape
+            bases.append(self._projection(group, state, min(rows, columns), device))
+            shape = kernels.projected_shape(rows, columns, state["projector_rank"])
+            sketches.append(torch.empty(shape, dtype=torch.float32, device=device))
+        kernels.project(grads, bases, sketches)
+        return sketches
 
     def _projection(
         self, group: Group, state: State, length: int, device: torch.device

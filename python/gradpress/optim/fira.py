@@ -12,7 +12,8 @@ whatever the gradient's dtype; defaults that PyTorch's AdamW has too are PyTorch
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -21,10 +22,19 @@ from gradpress.ops import lowrank as kernels
 from gradpress.optim import _projector as projector
 from gradpress.optim._adam import AdamHyper, Batch, released_form, step_directions
 from gradpress.optim._base import Group, State
-from gradpress.optim._limiter import TINY, limit_growth, norms_along, total_norm
+from gradpress.optim._limiter import (
+    TINY,
+    limit_together,
+    long_side,
+    norms_along,
+    square_sums,
+    told_norms,
+    total_norm,
+)
+from gradpress.optim._products import transposed_product
 from gradpress.optim._projected import check_options
 from gradpress.optim._subspace import Row, SubspaceOptimizer
-from gradpress.optim._weights import add_update
+from gradpress.optim._weights import add_scaled, add_update, adds_directly, in_turns, on_host
 
 
 class Fira(SubspaceOptimizer):
@@ -43,7 +53,8 @@ class Fira(SubspaceOptimizer):
     leading singular directions of the gradient at the last refresh, as for
     :class:`GaLoreAdamW`. All other parameters take the rule of :class:`AdamW8bit`. Weights
     quantized by :func:`gradpress.nn.quantize_` are updated in place with stochastic rounding.
-    Takes a float32 copy of one update at a time.
+    Takes a float32 copy of one update at a time, but for float32 weights on the CPU whose residual
+    is more than a hundredth of the gradient.
 
     Args:
         params: Parameters or groups, as :func:`gradpress.optim.param_groups` makes them. Every
@@ -138,42 +149,101 @@ class Fira(SubspaceOptimizer):
         grads: list[torch.Tensor],
         hyper: AdamHyper,
     ) -> None:
-        rows = self._project(group, params, grads)
-        for row, grad in zip(rows, grads, strict=True):
-            self._step_row(group, row, grad, hyper)
+        states = self._adam_states(group, params)
+        runs: Iterable[slice] = [slice(None)]
+        if on_host(params[0]):
+            runs = in_turns(params, (int(state["step"].item()) for state in states))
+        for run in runs:
+            rows = self._project(group, params[run], grads[run])
+            direct = []
+            for row, grad, state in zip(rows, grads[run], states[run], strict=True):
+                if adds_directly(row[0], grad, hyper.lr * hyper.weight_decay):
+                    direct.append(((row[0], state, row[2], row[3]), grad))
+                else:
+                    self._step_row(group, row, grad, hyper)
+            if direct:
+                chosen, theirs = zip(*direct, strict=True)
+                self._step_together(group, list(chosen), list(theirs), hyper)
 
     def _step_row(self, group: Group, row: Row, grad: torch.Tensor, hyper: AdamHyper) -> None:
-        p, state, shape, low_rank = row
-        alpha, step = group["scale"], int(state["step"].item())
-        keep, size, unit = 1.0, 1.0, hyper._replace(lr=1.0, weight_decay=0.0, maximize=False)
-        share = 1.0  # of the projected part, that is taken off the gradient
-        if group["reference"]:
-            size = math.sqrt(1.0 - hyper.beta2**step) / (1.0 - hyper.beta1**step)
-            unit, share = released_form(unit, step), alpha
-            keep = 1.0 - hyper.lr * hyper.weight_decay
+        self._step_together(group, [row], [grad], hyper)
+
+    def _step_together(
+        self, group: Group, rows: list[Row], grads: list[torch.Tensor], hyper: AdamHyper
+    ) -> None:
+        """Steps matrices that are in the same step."""
+        form = _Form.of(group, hyper, int(rows[0][1]["step"].item()))
+        projected = [low_rank.clone() for *_, low_rank in rows]
+        factors = self._factors(rows, form, hyper)
+        told: list[torch.Tensor | None] = [None] * len(rows)
+        if on_host(grads[0]) and hyper.found_inf is None:
+            pairs = zip(rows, projected, strict=True)
+            taken = [_taken(group, row, part, form.share) for row, part in pairs]
+            told = told_norms(grads, factors, taken, abs(form.rest))
+        residuals = {
+            i: self._residual(group, rows[i], grads[i], projected[i], form.share, factors[i])
+            for i, norm in enumerate(told)
+            if norm is None
+        }
+        norms = [total_norm(residuals[i]) if norm is None else norm for i, norm in enumerate(told)]
+        states = [state for _, state, *_ in rows]
+        limits = limit_together(norms, states, group["norm_growth"], hyper.found_inf)
+        direct = []
+        for i, (row, grad, limit) in enumerate(zip(rows, grads, limits, strict=True)):
+            row[3].mul_(form.inside)
+            if i in residuals:
+                self._add_whole(group, row, residuals[i].mul_(limit * form.rest), form, hyper)
+                continue
+            factor = factors[i] * (limit * form.rest)
+            row[3].addcmul_(projected[i], factor, value=-form.share)
+            if adds_directly(row[0], grad, form.decay):
+                direct.append((row, grad, factor))
+            else:
+                update = grad.to(torch.float32, copy=True).mul_(factor)
+                self._add_whole(group, row, update, form, hyper)
+        self._add_back({**group, "scale": 1.0}, [row for row, *_ in direct], hyper)
+        for (p, *_), grad, factor in direct:
+            add_scaled(p.detach().view(grad.shape), grad, factor, 0.0)
+
+    def _add_whole(
+        self, group: Group, row: Row, update: torch.Tensor, form: _Form, hyper: AdamHyper
+    ) -> None:
+        """Adds an update and what is in the subspace to a weight; `update` is overwritten."""
+        p, state, _, low_rank = row
+        self._add_projected(group, state, update, low_rank, 1.0)
+        add_update(p, update, group, state, decay=form.decay, found_inf=hyper.found_inf)
+
+    def _factors(self, rows: list[Row], form: _Form, hyper: AdamHyper) -> list[torch.Tensor]:
+        """Turns projected gradients into Adam's directions, times `-size`.
+
+        Returns:
+            What every row or column of each gradient is multiplied by.
+        """
+        low_ranks = [low_rank for *_, low_rank in rows]
+        before = [norms_along(row[3], long_side(row[2])) for row in rows]
+        states = [state for _, state, *_ in rows]
+        counter = self._counter(rows[0][0].device)
+        step_directions(Batch(low_ranks, low_ranks, states), form.unit, counter)
+        # Signs do not matter to a norm.
+        after = [norms_along(row[3], long_side(row[2])) for row in rows]
+        return [
+            a / form.size / (b / hyper.grad_scale + TINY) / hyper.grad_scale
+            for a, b in zip(after, before, strict=True)
+        ]
+
+    def _residual(
+        self,
+        group: Group,
+        row: Row,
+        grad: torch.Tensor,
+        projected: torch.Tensor,
+        share: float,
+        factor: torch.Tensor,
+    ) -> torch.Tensor:
+        """A gradient without a share of what lies in the subspace, times factors."""
         residual = grad.to(torch.float32, copy=True)
-        self._add_projected(group, state, residual, low_rank, -share)
-        along = 1 if shape[0] >= shape[1] else 0
-        before = norms_along(low_rank, along) / hyper.grad_scale
-        # Adam's direction times -size: signs do not matter to a norm.
-        step_directions(Batch([low_rank], [low_rank], [state]), unit, self._counter(p.device))
-        factors = norms_along(low_rank, along) / size / (before + TINY)
-        residual.mul_(factors / hyper.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
-        limit = limit_growth(
-            total_norm(residual), state["update_norm"], group["norm_growth"], hyper.found_inf
-        )
-        sign = -1.0 if hyper.maximize else 1.0
-        rate = sign * hyper.lr * keep
-        residual.mul_(limit * (-rate * (size if group["reference"] else alpha)))
-        self._add_projected(group, state, residual, low_rank, rate * alpha)
-        add_update(
-            p,
-            residual,
-            group,
-            state,
-            decay=hyper.lr * hyper.weight_decay,
-            found_inf=hyper.found_inf,
-        )
+        self._add_projected(group, row[1], residual, projected, -share)
+        return residual.mul_(factor).nan_to_num_(0.0, 0.0, 0.0)
 
     def _add_projected(
         self,
@@ -192,3 +262,52 @@ class Fira(SubspaceOptimizer):
             tensor_ids=[state["tensor_id"]],
             steps=[int(state["step"].item())],
         )
+
+
+class _Form(NamedTuple):
+    """The numbers of a step that tell the paper's form from the released code's.
+
+    Attributes:
+        unit: What steps the moments, for a learning rate of one.
+        size: The bias correction that Adam's directions are times.
+        share: Of the projected part of a gradient, that is taken off it.
+        inside: What Adam's directions are multiplied by.
+        rest: What limited residuals are multiplied by.
+        decay: Learning rate times weight decay.
+    """
+
+    unit: AdamHyper
+    size: float
+    share: float
+    inside: float
+    rest: float
+    decay: float
+
+    @classmethod
+    def of(cls, group: Group, hyper: AdamHyper, step: int) -> _Form:
+        """The numbers of a group."""
+        alpha, decay = group["scale"], hyper.lr * hyper.weight_decay
+        unit = hyper._replace(lr=1.0, weight_decay=0.0, maximize=False)
+        rate = (-1.0 if hyper.maximize else 1.0) * hyper.lr
+        if not group["reference"]:
+            return cls(unit, 1.0, 1.0, rate * alpha, -rate * alpha, decay)
+        size = math.sqrt(1.0 - hyper.beta2**step) / (1.0 - hyper.beta1**step)
+        rate *= 1.0 - decay
+        return cls(released_form(unit, step), size, alpha, rate * alpha, -rate * size, decay)
+
+
+def _taken(group: Group, row: Row, projected: torch.Tensor, share: float) -> torch.Tensor:
+    """By what a share of the projected part, taken off, reduces the squares of a gradient's norms.
+
+    ``|G|^2 - |G - share P R|^2 = 2 share |R|^2 - share^2 |P R|^2`` with ``R = P^T G``; columns of
+    integer projectors are not orthonormal.
+    """
+    along = long_side(row[2])
+    squares = square_sums(projected, along)
+    if group["projector_bits"] is None:
+        return squares * (share * (2.0 - share))
+    basis = projector.load_basis(row[1], row[2], group)
+    turned = torch.empty_like(projected)
+    kernels.project([projected], [transposed_product(basis, basis)], [turned])
+    back = turned.mul_(projected).sum(along, keepdim=True).to(torch.float64)
+    return 2.0 * share * squares - share**2 * back

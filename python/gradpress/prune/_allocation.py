@@ -59,6 +59,8 @@ def sparsities_by_sensitivity(
         sparsity: The share of all weights together.
         spread: How far a layer's share may be from it.
     """
+    if not any(q > 0 for q in sensitivity.values()):
+        return dict.fromkeys(sensitivity, sparsity)
     lowest, highest = max(0.0, sparsity - spread), min(1.0, sparsity + spread)
     sizes = {layer.name: layer.weight.numel() for layer in layers}
     wanted = sparsity * sum(sizes.values())
@@ -82,8 +84,9 @@ def in_whole_columns(
 ) -> dict[str, float]:
     """Shares of which every row loses a whole number of weights, at the same total.
 
-    Rounded down first; then one column more goes where most of one was cut off, until as many
-    weights go as are wanted, or one more column would be too many.
+    Rounded down first; then one column more goes from layers of which most of one was cut off, as
+    far as that takes no more weights than are wanted. What is missing in the end is less than a
+    column of the layer with most rows.
 
     Args:
         layers: All of them.

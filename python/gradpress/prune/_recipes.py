@@ -24,6 +24,7 @@ from gradpress.prune._sparsegpt import sparsegpt
 from gradpress.prune._statistics import Hessian, InputSquares
 
 _UNREACHED = "no calibration input reached it; chosen by magnitude"
+_NO_GRADIENT = "the loss does not depend on it; chosen by magnitude"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,7 @@ class PruningRecipe(Recipe):
             # The pattern's own columns fit; those of the model are looked at when they are known.
             share = 0.5 if self.sparsity is None and not structured else self.sparsity
             assert not isinstance(share, Mapping)
-            size = int(self.pattern.rpartition(":")[2]) if self.pattern[-1:].isdigit() else 1
-            read_pattern(op, self.pattern, share, size)
+            read_pattern(op, self.pattern, share, 0)
 
     @property
     def needs_sensitivity(self) -> bool:
@@ -165,6 +165,8 @@ class _ScoreRecipe(PruningRecipe):
         factors = self._factors(one)
         if "input_sq" in factors and not bool(factors["input_sq"].any()):
             return {}, _UNREACHED
+        if factors.keys() == {"grad_norm", "norm"} and not bool(factors["grad_norm"].any()):
+            return {}, _NO_GRADIENT
         return factors, ""
 
     def _from_all(self, observed: Sequence[Observed]) -> Iterator[Outcome]:
