@@ -31,6 +31,8 @@ def run(options: Options) -> Report:
             tables.append(_selections(rows, columns, dtype, rounds))
     solved = QUICK_SHAPES if options.quick else SOLVED
     tables += [_solves(rows, columns, options.rounds(3)) for rows, columns in solved]
+    tables += [_gradients(*(QUICK_SHAPES[0] if options.quick else (2048, 2048)), rounds)]
+    tables += [_models(shapes, rounds)]
     return Report("Pruning", _ABOUT, rounds, tables)
 
 
@@ -43,6 +45,10 @@ _ABOUT = (
     f" factor of that, then column by column in blocks of {BLOCK}, in float32. Ours factorizes"
     " once: in float32 as long as the factor proves precise, and by the last row of each table in"
     " float64.",
+    "Gradients: `GradientNorms` adds up `|g|` of one sample of 512 tokens from its activations, a"
+    " few rows at a time; torch makes the whole gradient, and its sizes, beside the sum. The whole"
+    " model: one threshold for all the matrices of the first tables; torch puts all scores into one"
+    " vector and sorts it.",
     "`x` is how many times as long torch takes.",
 )
 
@@ -133,6 +139,42 @@ def _solves(rows: int, columns: int, rounds: int) -> Table:
     double = partial(prune.sparsegpt, weight, matrix, pattern="2:4", dtype="float64")
     cases.append(_pair("sparsegpt, 2:4, float64", double, partial(_solve, weight, matrix, 4)))
     return _table(f"solve of {rows} x {columns}, float32", cases, rounds, rows * columns)
+
+
+def _gradients(rows: int, columns: int, rounds: int) -> Table:
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = torch.randn(1, 512, columns).to(dtype)
+        outputs = (torch.randn(1, 512, rows) * 1e-3).to(dtype)
+        norms, total = prune.GradientNorms(rows, columns), torch.zeros(rows, columns)
+        cases.append(
+            _pair(
+                f"one sample, {str(dtype).removeprefix('torch.')}",
+                partial(norms.update_from_activations, inputs, outputs),
+                partial(_add_sizes, total, inputs[0], outputs[0]),
+            )
+        )
+    return _table(f"gradients of {rows} x {columns}", cases, rounds, rows * columns)
+
+
+def _add_sizes(total: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+    total += (outputs.T @ inputs).abs()
+
+
+def _models(shapes: tuple[tuple[int, int], ...], rounds: int) -> Table:
+    weights = [torch.randn(shape) for shape in shapes]
+    squares = [torch.rand(columns) for _, columns in shapes]
+    mine = partial(prune.select_model, weights, input_sqs=squares, sparsity=SPARSITY)
+    cases = [_pair("Wanda, model", mine, partial(_sorted_model, weights, squares))]
+    count = sum(weight.numel() for weight in weights)
+    return _table("a model of these shapes, float32", cases, rounds, count)
+
+
+def _sorted_model(weights: list[torch.Tensor], squares: list[torch.Tensor]) -> list[torch.Tensor]:
+    scores = [_wanda(*each) for each in zip(weights, squares, strict=True)]
+    everything = torch.cat([score.flatten() for score in scores])
+    threshold = torch.sort(everything)[0][int(len(everything) * SPARSITY)]
+    return [score < threshold for score in scores]
 
 
 def _solve(weight: torch.Tensor, hessian: torch.Tensor, size: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ constexpr int FIRST_SHIFT = 32 - DIGIT;
 constexpr i64 ALL = 0x7fff'ffff'ffff'ffff;
 
 // Where a selection is: the bits of the threshold's key that are known, and then its rank among the
-// keys that have them, or, once all are known, how many of the keys that equal it are to be dropped,
-// out of how many.
+// keys that have them; or, once all are known, how many of the keys that equal it are to be
+// dropped, and of how many.
 struct State {
     i64 key, rank, equal;
 

@@ -21,8 +21,8 @@ SELECTED = {
     ),
     "pruning": (
         [TESTS / "cuda" / "test_parity_prune.py"],
-        "(dtype2 and not groups) or (groups and 7-3-dtype0) or prune_columns[emulator-40]"
-        " or prune_columns[emulator-144] or many_blocks",
+        "(dtype2 and (rows or below or accumulate)) or (groups and 7-3-dtype0) or many_blocks"
+        " or prune_columns[emulator-40]",
     ),
 }
 

@@ -11,7 +11,9 @@ from gradpress.ops._arrays import Array, check_array, dtype_name
 from gradpress.prune._statistics import as_tensor, full_precision
 
 #: Bytes of a gradient's rows that exist at a time: about a processor's cache, or a device's.
-_TILE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 25}
+_TILE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 25}
+#: Fewer rows at a time than these are a slower product.
+_TILE_ROWS = 256
 #: Tokens that are widened at once.
 _TOKENS = 512
 
@@ -176,7 +178,7 @@ class GradientNorms:
     def _add_sample(self, inputs: torch.Tensor, grad: torch.Tensor, scale: float) -> None:
         if not self._sum.numel():
             return
-        tile = max(_TILE_BYTES[self._kind()] // (4 * self.columns), 1)
+        tile = max(_TILE_BYTES[self._kind()] // (4 * self.columns), _TILE_ROWS)
         # Not kept: every layer of a model may hold such sums.
         buffer = self._sum.new_empty(min(tile, self.rows), self.columns)
         for first in range(0, self.rows, tile):
