@@ -46,10 +46,21 @@ def total_norm(x: torch.Tensor) -> torch.Tensor:
     """The norm of a finite matrix, summed in an order that does not depend on threads."""
     values = x.reshape(-1)
     while values.numel() > 1:
-        if values.numel() % RUN:
-            values = torch.nn.functional.pad(values, (0, -values.numel() % RUN))
-        values = torch.linalg.vector_norm(values.view(-1, RUN), dim=-1)
+        values = torch.linalg.vector_norm(_runs(values), dim=-1)
     return values.reshape(()).abs()
+
+
+def _total(x: torch.Tensor) -> torch.Tensor:
+    """The sum of all elements, in an order that does not depend on threads."""
+    values = x.reshape(-1)
+    while values.numel() > 1:
+        values = _runs(values).sum(-1)
+    return values.sum()
+
+
+def _runs(values: torch.Tensor) -> torch.Tensor:
+    """A vector as rows, the last one filled up with zeros."""
+    return torch.nn.functional.pad(values, (0, -values.numel() % RUN)).view(-1, RUN)
 
 
 def told_norms(
@@ -73,9 +84,9 @@ def told_norms(
     for i, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
         sums = square_sums(grad, long_side(grad.shape))
         squares = factor.to(torch.float64).square()
-        whole = rest = (squares * sums).sum()
+        whole = rest = _total(squares * sums)
         if taken is not None:
-            rest = whole - (squares * taken[i]).sum()
+            rest = whole - _total(squares * taken[i])
         norms.append(rest.clamp(min=0.0).sqrt().to(torch.float32))
         checks.append(torch.stack((sums.max(), whole.sqrt() * rate, rest - SHARE * whole)))
     values = torch.stack(checks).tolist()
