@@ -48,8 +48,8 @@ _ABOUT = (
     " other work: of use beside each other only.",
     "`pruned_model.png` beside this file shows what each layer lost, `pruned_model.json` has the"
     " numbers. Errors are those of the layer's output by what the method knows of its inputs: all"
-    " products (SparseGPT), squares (Wanda, GBLM), or nothing (magnitude, gradients alone), and then"
-    " the weight's own: the last two do not compare with the others.",
+    " products (SparseGPT), squares (Wanda, GBLM), or nothing (magnitude, gradients alone), and"
+    " then the weight's own: the last two do not compare with the others.",
 )
 
 
