@@ -87,7 +87,8 @@ class _Kept:
             self.found[name] = make()
             print(name, {k: v for k, v in self.found[name].items() if k != "layers"}, flush=True)
             if self._path is not None:
-                self._path.write_text(json.dumps(self.found, indent=1))
+                lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self.found.items()]
+                self._path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return self.found[name]
 
 

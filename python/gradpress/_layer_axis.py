@@ -24,9 +24,20 @@ def bar_width(layers: int) -> float:
     return 0.8 if layers <= MOST_LABELS else 1.0
 
 
-def dot_size(layers: int) -> int:
-    """Of a marker, in points."""
-    return 5 if layers <= MOST_LABELS else 3
+def draw_dots(ax: Any, values: Sequence[float], label: str) -> Any:
+    """Draws a dot for each value that is a number, on an axis of their own at the right.
+
+    Returns:
+        The axis, or None where no value is a number.
+    """
+    places = [i for i, value in enumerate(values) if not math.isnan(value)]
+    if not places:
+        return None
+    right = ax.twinx()
+    size = 5 if len(values) <= MOST_LABELS else 3
+    right.plot(places, [values[i] for i in places], "ok", markersize=size, markeredgecolor="white")
+    right.set_ylabel(label)
+    return right
 
 
 def name_layers(ax: Any, names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::quant::cpu::Rounding;
 use crate::quant::grid::Format;
 use crate::quant::update::Change;
-use crate::quant::{bytes_mut, check_grids, one_device};
+use crate::quant::{bytes_mut, check_grids};
 use crate::rng::{Key, Stream};
 use crate::tensor::{Arg, Check, DType, FloatsMut, TensorView, TensorViewMut};
 
@@ -120,7 +120,7 @@ pub fn project_back_add(
         let written: Vec<_> = named("params", &params).collect();
         let mut read: Vec<_> = named("updates", &updates).chain(bases.named()).collect();
         read.extend(found_inf.iter().map(|flag| ("found_inf".into(), flag)));
-        one_device(check, &written, &read)?
+        check.one_device(&written, &read)?
     };
     let key = |(id, step)| Key::new(seed, Stream::Bfloat16, id, step);
     let keys = stochastic_rounding.then(|| tensor_ids.into_iter().zip(steps).map(key).collect());
@@ -232,7 +232,7 @@ pub fn project_back_requantize(
         written.extend(workspace.iter().map(|view| ("workspace".into(), view)));
         let mut read: Vec<_> = named("updates", &updates).chain(bases.named()).collect();
         read.extend(found_inf.iter().map(|flag| ("found_inf".into(), flag)));
-        one_device(check, &written, &read)?
+        check.one_device(&written, &read)?
     };
     let key = |(id, step)| Key::new(seed, Stream::Quantize, id, step);
     let args = Requantizations {

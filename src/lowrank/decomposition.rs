@@ -9,7 +9,6 @@ use crate::cpu::product::Matrix;
 use crate::cpu::threads::Threads;
 use crate::dispatch::dispatch;
 use crate::error::Result;
-use crate::quant::one_device;
 use crate::rng::{Key, Stream};
 use crate::tensor::{Arg, Check, DType, TensorView, TensorViewMut};
 
@@ -75,7 +74,7 @@ pub fn svd(
             ("outcome".into(), &outcome),
         ];
         written.extend(workspace.iter().map(|view| ("workspace".into(), view)));
-        one_device(check, &written, &[("x".into(), &x)])?
+        check.one_device(&written, &[("x".into(), &x)])?
     };
     let key = Key::new(seed, Stream::Sketch, 0, 0);
     let args = Svd { x, u, s, vh, outcome, workspace, n_iter, oversample, key };

@@ -10,7 +10,6 @@ use crate::cpu::product::{Matrix, multiply};
 use crate::cpu::threads::Threads;
 use crate::dispatch::dispatch;
 use crate::error::{Name, Result};
-use crate::quant::one_device;
 use crate::tensor::{Arg, Check, DType, TensorView, TensorViewMut};
 
 /// A gradient `grad_output^T input`, which is never formed.
@@ -120,7 +119,7 @@ pub fn project_factors(
         written.extend(workspace.iter().map(|view| ("workspace".into(), view)));
         let factors = factors.iter().enumerate().flat_map(|(i, factors)| factors.named(i));
         let read: Vec<_> = factors.chain(bases.named()).collect();
-        one_device(check, &written, &read)?
+        check.one_device(&written, &read)?
     };
     let cpu = |args: &mut ProjectFactors, threads| project_on_cpu(OP, args, threads);
     let args = ProjectFactors { factors, bases, outs, workspace, shapes };

@@ -26,7 +26,6 @@ use pyo3::prelude::*;
 
 use crate::dispatch::dispatch;
 use crate::error::{Error, Name, Result};
-use crate::quant::one_device;
 use crate::tensor::{Arg, Check, DType, Floats, TensorView, TensorViewMut};
 use bases::{Bases, Grids};
 use decomposition::Svd;
@@ -119,7 +118,7 @@ pub fn project(
         let mut written: Vec<_> = named("outs", &outs).collect();
         written.extend(workspace.iter().map(|view| ("workspace".into(), view)));
         let read: Vec<_> = named("grads", &grads).chain(bases.named()).collect();
-        one_device(check, &written, &read)?
+        check.one_device(&written, &read)?
     };
     let cpu = |args: &mut Project, threads| {
         let Project { grads, bases, outs, shapes, .. } = args;

@@ -11,7 +11,6 @@ use crate::cpu::product::Matrix;
 use crate::cpu::threads::Threads;
 use crate::dispatch::dispatch;
 use crate::error::{Name, Result};
-use crate::quant::one_device;
 use crate::rng::{Key, Stream};
 use crate::tensor::{Arg, Check, DType, TensorView, TensorViewMut};
 
@@ -167,7 +166,7 @@ fn refresh_all(
         written.extend(named("vectors", &vectors));
         written.push(("outcomes".into(), &outcomes));
         written.extend(workspace.iter().map(|view| ("workspace".into(), view)));
-        one_device(check, &written, &Gradient::named(&gradients))?
+        check.one_device(&written, &Gradient::named(&gradients))?
     };
     let key = |(id, step)| Key::new(seed, Stream::Sketch, id, step);
     let keys = tensor_ids.into_iter().zip(steps).map(key).collect();

@@ -1,8 +1,8 @@
 //! What all steps share: their arguments, checked.
 
 use crate::error::{Name, Result};
+use crate::quant::counter;
 use crate::quant::dynamic::codec::Codec;
-use crate::quant::{counter, one_device};
 use crate::rng::{Key, Stream};
 use crate::tensor::{Arg, Check, DType, Device, TensorView, TensorViewMut};
 
@@ -320,7 +320,7 @@ impl Call {
         };
         let numbers = grad_scale.chain(found_inf).chain(lr).chain(names("step_tensors", counters));
         let read: Vec<(Name, &TensorView)> = grads.chain(numbers).collect();
-        one_device(check, &written, &read)
+        check.one_device(&written, &read)
     }
 }
 

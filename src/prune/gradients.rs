@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 
-use super::{cuda, one_device};
+use super::cuda;
 use crate::cpu::threads::Threads;
 use crate::dispatch::dispatch;
 use crate::match_float;
@@ -104,8 +104,7 @@ pub fn accumulate_gradients(
     check.dtype("nonfinite", &nonfinite, DType::I64)?;
     check.shape("nonfinite", &nonfinite, &[1])?;
     check.value("scale", scale.is_finite(), "finite", scale)?;
-    let device = one_device(
-        check,
+    let device = check.one_device(
         &[("total".into(), &total), ("nonfinite".into(), &nonfinite)],
         &[("part".into(), &part)],
     )?;

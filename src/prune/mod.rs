@@ -107,20 +107,8 @@ impl Scored {
         read.extend(others);
         read.extend(self.scale.as_ref().map(|t| (Name::from("scale"), t)));
         read.extend(self.grad.as_ref().map(|t| (Name::from("grad"), t)));
-        one_device(check, written, &read)
+        check.one_device(written, &read)
     }
-}
-
-/// The one device of a call whose written tensors overlap nothing.
-fn one_device(
-    check: Check,
-    written: &[(Name, &TensorViewMut)],
-    read: &[(Name, &TensorView)],
-) -> Result<Device> {
-    check.disjoint(written, read)?;
-    let written = written.iter().map(|&(name, t)| (name, &**t));
-    let all: Vec<_> = written.chain(read.iter().copied()).collect();
-    check.same_device(&all)
 }
 
 /// Writes the scores of a matrix: `|weight|`, times `scale` of the column plus `alpha |grad|`.
@@ -363,8 +351,7 @@ pub fn prune_columns(
             Pattern::Groups { size, drop }
         }
     };
-    let device = one_device(
-        check,
+    let device = check.one_device(
         &[
             ("weight".into(), &weight),
             ("mask".into(), &mask),

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 
 use super::dynamic::codec::Codec;
 use super::grid::sanitize;
-use super::{count, counter, cuda, one_device};
+use super::{count, counter, cuda};
 use crate::cpu::threads::Threads;
 use crate::dispatch::dispatch;
 use crate::error::Result;
@@ -110,7 +110,7 @@ pub fn quantize_dynamic(
     check_blocks(check, &codes, &scale, &x, codec, block_size)?;
     let written =
         [("codes".into(), &codes), ("scale".into(), &scale), ("nonfinite".into(), &nonfinite)];
-    let device = one_device(check, &written, &[("x".into(), &x)])?;
+    let device = check.one_device(&written, &[("x".into(), &x)])?;
     let args = DynamicQuantization { x, codes, scale, nonfinite, codec, block_size };
     let cpu = |args: &mut DynamicQuantization, threads| {
         let DynamicQuantization { x, codes, scale, nonfinite, codec, block_size } = args;
@@ -158,7 +158,7 @@ pub fn dequantize_dynamic(
     check.contiguous("codes", &codes)?;
     check.contiguous("scale", &scale)?;
     let read = [("codes".into(), &codes), ("scale".into(), &scale)];
-    let device = one_device(check, &[("out".into(), &out)], &read)?;
+    let device = check.one_device(&[("out".into(), &out)], &read)?;
     let args = DynamicDequantization { codes, scale, out, codec, block_size };
     dispatch(py, OP, device, args, decode, cuda::dequantize_dynamic)
 }

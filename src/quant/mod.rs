@@ -21,7 +21,7 @@ use crate::dispatch::dispatch;
 use crate::error::{Name, Result};
 use crate::match_float;
 use crate::rng::{Key, Stream};
-use crate::tensor::{Arg, Check, DType, Device, Element, TensorView, TensorViewMut};
+use crate::tensor::{Arg, Check, DType, Element, TensorView, TensorViewMut};
 use cpu::Rounding;
 use grid::Format;
 
@@ -154,7 +154,7 @@ pub fn quantize_blockwise(
             ("nonfinite".into(), &nonfinite),
         ];
         written.extend(zero_point.as_ref().map(|t| (Name::from("zero_point"), t)));
-        one_device(check, &written, &[("x".into(), &x)])?
+        check.one_device(&written, &[("x".into(), &x)])?
     };
     let key = stochastic.then(|| Key::new(seed, Stream::Quantize, tensor_id, step));
     let rounding = Rounding { format, group_size, key };
@@ -218,7 +218,7 @@ pub fn dequantize_blockwise(
     for (name, t) in &read {
         check.contiguous(*name, t)?;
     }
-    let device = one_device(check, &[("out".into(), &out)], &read)?;
+    let device = check.one_device(&[("out".into(), &out)], &read)?;
     let args = Dequantization { codes, scale, zero_point, out, format, group_size };
     let cpu = |args: &mut Dequantization, threads| {
         let Dequantization { codes, scale, zero_point, out, format, group_size } = args;
@@ -251,7 +251,7 @@ pub fn pack_int4(py: Python<'_>, codes: Arg, packed: Arg) -> PyResult<()> {
     check.dtype("packed", &packed, DType::U8)?;
     check.contiguous("codes", &codes)?;
     check.shape("packed", &packed, &[codes.numel().div_ceil(2)])?;
-    let device = one_device(check, &[("packed".into(), &packed)], &[("codes".into(), &codes)])?;
+    let device = check.one_device(&[("packed".into(), &packed)], &[("codes".into(), &codes)])?;
     let cpu = |(codes, packed): &mut (TensorView, TensorViewMut), _| {
         // SAFETY: contiguous uint8 on the CPU, and disjoint.
         let (codes, packed) = unsafe { (codes.as_slice(), packed.as_mut_slice()) };
@@ -271,7 +271,7 @@ pub fn unpack_int4(py: Python<'_>, packed: Arg, codes: Arg) -> PyResult<()> {
     check.dtype("codes", &codes, DType::U8)?;
     check.contiguous("packed", &packed)?;
     check.shape("packed", &packed, &[codes.numel().div_ceil(2)])?;
-    let device = one_device(check, &[("codes".into(), &codes)], &[("packed".into(), &packed)])?;
+    let device = check.one_device(&[("codes".into(), &codes)], &[("packed".into(), &packed)])?;
     let cpu = |(packed, codes): &mut (TensorView, TensorViewMut), _| {
         // SAFETY: contiguous uint8 on the CPU, and disjoint.
         let (packed, codes) = unsafe { (packed.as_slice(), codes.as_mut_slice()) };
@@ -298,7 +298,7 @@ pub fn round_bf16_stochastic(
     check.dtype("out", &out, DType::BF16)?;
     check.contiguous("x", &x)?;
     check.shape("out", &out, x.shape())?;
-    let device = one_device(check, &[("out".into(), &out)], &[("x".into(), &x)])?;
+    let device = check.one_device(&[("out".into(), &out)], &[("x".into(), &x)])?;
     let key = Key::new(seed, Stream::Bfloat16, tensor_id, step);
     let cpu = |(x, out, key): &mut (TensorView, TensorViewMut, Key), threads| {
         // SAFETY: contiguous, on the CPU, of these dtypes, and disjoint.
@@ -307,16 +307,4 @@ pub fn round_bf16_stochastic(
         Ok(())
     };
     dispatch(py, OP, device, (x, out, key), cpu, cuda::round_bf16_stochastic)
-}
-
-/// The one device of a call whose written tensors overlap nothing.
-pub(crate) fn one_device(
-    check: Check,
-    written: &[(Name, &TensorViewMut)],
-    read: &[(Name, &TensorView)],
-) -> Result<Device> {
-    check.disjoint(written, read)?;
-    let written = written.iter().map(|&(name, t)| (name, &**t));
-    let all: Vec<_> = written.chain(read.iter().copied()).collect();
-    check.same_device(&all)
 }

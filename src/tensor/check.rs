@@ -147,6 +147,18 @@ impl Check {
         }
     }
 
+    /// The one device of a call whose written tensors overlap nothing.
+    pub fn one_device(
+        &self,
+        written: &[(Name, &TensorViewMut)],
+        read: &[(Name, &TensorView)],
+    ) -> Result<Device> {
+        self.disjoint(written, read)?;
+        let written = written.iter().map(|&(name, t)| (name, &**t));
+        let all: Vec<_> = written.chain(read.iter().copied()).collect();
+        self.same_device(&all)
+    }
+
     /// No written tensor may share memory with any other tensor of the call.
     pub fn disjoint(
         &self,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from gradpress._layer_axis import bar_width, dot_size, name_layers
+from gradpress._layer_axis import bar_width, draw_dots, name_layers
 
 
 def draw(ax: Any, rows: Sequence[Any]) -> None:
@@ -16,11 +15,6 @@ def draw(ax: Any, rows: Sequence[Any]) -> None:
     name_layers(ax, [row.name for row in rows])
     ax.set_ylim(0.0, 1.05)
     ax.set_ylabel("sparsity (bars)")
-    measured = [i for i in places if not math.isnan(rows[i].error)]
-    if measured:
-        right = ax.twinx()
-        errors = [rows[i].error for i in measured]
-        dot = dot_size(len(rows))
-        right.plot(measured, errors, "ok", markersize=dot, markeredgecolor="white")
+    right = draw_dots(ax, [row.error for row in rows], "relative error of the output (dots)")
+    if right is not None:
         right.set_ylim(bottom=0.0)
-        right.set_ylabel("relative error of the output (dots)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -133,5 +133,5 @@ class Recipe(ABC):
         return 0
 
     @abstractmethod
-    def compress(self, observed: Sequence[Observed]) -> Iterator[Outcome] | Iterable[Outcome]:
+    def compress(self, observed: Sequence[Observed]) -> Iterable[Outcome]:
         """What becomes of a block's layers, one after the other."""

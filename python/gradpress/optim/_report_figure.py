@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradpress._layer_axis import bar_width, dot_size, name_layers
+from gradpress._layer_axis import bar_width, draw_dots, name_layers
 
 MEBIBYTE = 1 << 20
 
@@ -29,14 +28,9 @@ def draw(ax: Any, rows: Sequence[Any], sizes: Mapping[str, str]) -> None:
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     name_layers(ax, [row.name for row in rows])
     ax.set_ylabel("MiB")
-    measured = [i for i in places if not math.isnan(rows[i].energy)]
-    if measured:
-        right = ax.twinx()
-        energies = [rows[i].energy for i in measured]
-        dot = dot_size(len(rows))
-        right.plot(measured, energies, "ok", markersize=dot, markeredgecolor="white")
+    right = draw_dots(ax, [row.energy for row in rows], "captured energy (dots)")
+    if right is not None:
         right.set_ylim(0.0, 1.05)
-        right.set_ylabel("captured energy (dots)")
     if rows:
         # Above the axes, where it hides nothing.
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(sizes), frameon=False)
