@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import gradpress
 from benches import shim
-from benches.harness import Options, peer
+from benches.harness import Case, Limits, Options, Samples, interleave, peer
 from benches.report import Report
 from benches.tables import Table, number
 from benches.workloads import llama
 from gradpress.train.least_memory import chunked_token_losses
 from gradpress.train.sizes import SIZES
 
-LR, GROUP, BATCH, LENGTH = 1e-3, 256, 4, 256
+LR, GROUP = 1e-3, 256
+_PASSES = "forward and backward passes alone"
 _LEAST = "gradpress, least memory"
+_Q_GALORE = "q-galore-torch QGaLoreAdamW8bit, INT8 weights"
+
+
+class _Setting(NamedTuple):
+    """What the contenders train with."""
+
+    size: str
+    batch: int
+    length: int
+
 
 _ABOUT = (
-    f"Whole training steps, {BATCH} x {LENGTH} random tokens, float32 activations. Peaks are the"
-    " live bytes of tensors, weights and states included, as `gradpress.memory.watch` counts them"
-    " over the third step; seconds are of the fourth to last step, the first with a refresh"
-    " left out and told apart. The largest floating-point tensor is of the third step as well.",
+    "Whole training steps on random tokens, float32 activations. Peaks are the live bytes of"
+    " tensors, weights and states included, as `gradpress.memory.watch` counts them over the third"
+    " step, and so is the largest floating-point tensor. Seconds are of later steps, in which the"
+    " contenders take turns; the first step, with the first refresh, is told apart.",
+    f"`{_PASSES}` is the float32 model without an optimizer; `beyond` is the median over the rounds"
+    " of what a step takes more than these passes in the same round: what a way of training costs"
+    " by itself, computing activations again included.",
     "`least memory` is INT8 weights, `materialize_gradients=False`, `fused_backward`,"
-    " `checkpoint_blocks_` and `chunked_cross_entropy`; `gradpress, ordinary` the same weights"
-    " and optimizer with gradients and logits as ever. galore-torch trains float32 weights; its"
-    " moments and projectors are float32. q-galore-torch runs through `benches/shim.py`, with"
-    " layers that dequantize their weight as its paper says.",
+    " `checkpoint_blocks_` and `chunked_cross_entropy`; `activations kept` leaves out"
+    " `checkpoint_blocks_`; `gradpress, ordinary` has the same weights and optimizer with gradients"
+    " and logits as ever. galore-torch trains float32 weights; its moments and projectors are"
+    " float32. q-galore-torch runs through `benches/shim.py`, with layers that dequantize their"
+    " weight as its paper says.",
 )
 
 
@@ -68,14 +86,12 @@ class _Contender:
 
     def __init__(
         self,
-        name: str,
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         least: bool = False,
     ) -> None:
-        self.name, self.model, self.optimizer, self._least = name, model, optimizer, least
-        if least:
-            gradpress.nn.checkpoint_blocks_(model)
+        self.model, self.optimizer, self._least = model, optimizer, least
+        if least and optimizer is not None:
             self._handle = gradpress.optim.fused_backward(model, optimizer)
 
     def step(self, windows: torch.Tensor) -> None:
@@ -86,63 +102,90 @@ class _Contender:
             loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
             del logits
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.optimizer is None:
+            self.model.zero_grad()
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def step_next(self, windows: Iterator[torch.Tensor]) -> None:
+        self.step(next(windows))
+
+
+class _Memory(NamedTuple):
+    """What a contender's first steps have shown."""
+
+    peak: int
+    largest: str
+    first: float
 
 
 def run(options: Options) -> Report:
-    """Steps one contender after the other, each alone in memory."""
-    sizes = ["tiny"] if options.quick else ["60M", "130M"]
-    rounds = options.rounds(3)
+    """Watches each contender's memory, then times them in turn."""
+    if options.quick:
+        settings = [_Setting("tiny", 2, 64)]
+    else:
+        settings = [_Setting("60M", 4, 256), _Setting("130M", 4, 256), _Setting("60M", 1, 64)]
+    rounds = options.rounds(7)
     tables, notes = [], []
-    for size in sizes:
-        rows = []
-        for name, make in _MAKERS.items():
-            with contextlib.ExitStack() as stack:
+    for setting in settings:
+        contenders: dict[str, _Contender] = {}
+        memory: dict[str, _Memory] = {}
+        with contextlib.ExitStack() as stack:
+            for name, make in _MAKERS.items():
                 try:
-                    contender = make(size, stack)
+                    contenders[name] = make(setting.size, stack)
                 except ImportError as error:
                     notes.append(f"Left out: {name}: {error}.")
                     continue
-                rows.append((name, *_measure(contender, SIZES[size].vocab_size, rounds)))
-            del contender
-            print(rows[-1], flush=True)
-        tables.append(_table(size, rows))
+                memory[name] = _first_steps(contenders[name], setting)
+                print(name, memory[name], flush=True)
+            windows = _windows(setting)
+            cases = [Case(name, partial(c.step_next, windows)) for name, c in contenders.items()]
+            samples = interleave(cases, rounds)
+            bound = _bound(contenders[_PASSES], setting, options.limits)
+        tables.append(_table(setting, memory, samples, bound))
+        print(tables[-1].text(), flush=True)
     return Report("Training in the least memory", [*_ABOUT, *dict.fromkeys(notes)], rounds, tables)
 
 
-def _measure(
-    contender: _Contender, vocabulary: int, rounds: int
-) -> tuple[float, float, str, float]:
-    """Peak bytes, seconds of a step, its largest tensor, seconds of the first step."""
+def _windows(setting: _Setting) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-
-    def windows() -> torch.Tensor:
-        return torch.randint(vocabulary, (BATCH, LENGTH + 1), generator=generator)
-
-    first = _seconds(contender, windows())
-    _seconds(contender, windows())
-    with gradpress.memory.watch(contender.model, contender.optimizer) as watch:
-        contender.step(windows())
-    largest = watch.largest_floating
-    seconds = sorted(_seconds(contender, windows()) for _ in range(rounds))
-    shape = "-" if largest is None else " x ".join(map(str, largest.shape))
-    return watch.peak, seconds[len(seconds) // 2], shape, first
+    shape = (setting.batch, setting.length + 1)
+    while True:
+        yield torch.randint(SIZES[setting.size].vocab_size, shape, generator=generator)
 
 
-def _seconds(contender: _Contender, windows: torch.Tensor) -> float:
+def _first_steps(contender: _Contender, setting: _Setting) -> _Memory:
+    windows = _windows(setting)
     start = time.perf_counter()
-    contender.step(windows)
-    return time.perf_counter() - start
+    contender.step(next(windows))
+    first = time.perf_counter() - start
+    contender.step(next(windows))
+    watched = [contender.optimizer] if contender.optimizer is not None else []
+    with gradpress.memory.watch(contender.model, *watched) as watch:
+        contender.step(next(windows))
+    largest = watch.largest_floating
+    shape = "-" if largest is None else " x ".join(map(str, largest.shape))
+    return _Memory(watch.peak, shape, first)
 
 
-def _ours(size: str, least: bool) -> _Contender:
+def _bound(passes: _Contender, setting: _Setting, limits: Limits) -> float:
+    """Seconds of the passes' products at the rate of `torch.mm`."""
+    with FlopCounterMode(display=False) as counter:
+        passes.step(next(_windows(setting)))
+    return float(counter.get_total_flops() / limits.flops)
+
+
+def _ours(size: str, least: bool, again: bool) -> _Contender:
     model = gradpress.nn.quantize_(_model(size), target_modules=["attn", "mlp"])
     groups = gradpress.optim.param_groups(model, SIZES[size].rank, verbose=False)
     optimizer = gradpress.optim.QGaLoreAdamW(
         groups, lr=LR, stagger=False, materialize_gradients=not least
     )
-    return _Contender(_LEAST if least else "gradpress, ordinary", model, optimizer, least)
+    if again:
+        gradpress.nn.checkpoint_blocks_(model)
+    return _Contender(model, optimizer, least)
 
 
 def _model(size: str) -> torch.nn.Module:
@@ -163,7 +206,7 @@ def _galore(size: str, _: contextlib.ExitStack) -> _Contender:
         {"params": [named[n] for n in rest]},
     ]
     optimizer = module.GaLoreAdamW(groups, lr=LR, no_deprecation_warning=True)
-    return _Contender("galore-torch GaLoreAdamW", model, optimizer)
+    return _Contender(model, optimizer)
 
 
 def _q_galore(size: str, stack: contextlib.ExitStack) -> _Contender:
@@ -186,7 +229,7 @@ def _q_galore(size: str, stack: contextlib.ExitStack) -> _Contender:
         {"params": [named[n] for n in rest]},
     ]
     del named
-    return _Contender("q-galore-torch", model, module.QGaLoreAdamW8bit(groups, lr=LR))
+    return _Contender(model, module.QGaLoreAdamW8bit(groups, lr=LR))
 
 
 def _integer_forward(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -205,26 +248,47 @@ def _split(model: torch.nn.Module) -> tuple[list[str], list[str]]:
 
 
 _MAKERS: dict[str, Callable[[str, contextlib.ExitStack], _Contender]] = {
-    _LEAST: lambda size, _: _ours(size, least=True),
-    "gradpress, ordinary": lambda size, _: _ours(size, least=False),
+    _LEAST: lambda size, _: _ours(size, least=True, again=True),
+    "gradpress, least memory, activations kept": lambda size, _: _ours(size, True, again=False),
+    "gradpress, ordinary": lambda size, _: _ours(size, least=False, again=False),
     "galore-torch GaLoreAdamW": _galore,
-    "q-galore-torch QGaLoreAdamW8bit, INT8 weights": _q_galore,
+    _Q_GALORE: _q_galore,
+    _PASSES: lambda size, _: _Contender(_model(size), None),
 }
 
 
-def _table(size: str, rows: list[tuple[str, float, float, str, float]]) -> Table:
-    head = ("way", "peak, MB", "x", "step, s", "x", "first step, s", "largest float tensor")
-    _, peak, seconds, *_ = rows[0]
-    cells = [
+def _table(setting: _Setting, memory: dict[str, _Memory], samples: Samples, bound: float) -> Table:
+    head = ("way", "peak, MB", "x", "step, s", "x", "beyond, s", "first step, s", "largest tensor")
+    beyond = {name: _beyond(samples, name) for name in memory}
+    rows = [
         (
             name,
-            number(bytes_ / 1e6, 4),
-            number(bytes_ / peak),
-            number(step),
-            number(step / seconds),
-            number(first),
-            largest,
+            number(found.peak / 1e6, 4),
+            number(found.peak / memory[_LEAST].peak),
+            number(samples.median(name)),
+            number(samples.ratio(name, _LEAST)),
+            number(beyond[name]) if name != _PASSES else "-",
+            number(found.first),
+            found.largest,
         )
-        for name, bytes_, step, largest, first in rows
+        for name, found in memory.items()
     ]
-    return Table(f"LLaMA of {size}, rank {SIZES[size].rank}", head, cells)
+    passes = samples.median(_PASSES)
+    notes = [
+        f"The passes' products take {number(bound)} s at the rate of `torch.mm`:"
+        f" {bound / passes:.0%} of what the passes take."
+    ]
+    if _Q_GALORE in memory:
+        whole = samples.median(_Q_GALORE)
+        notes.append(
+            f"q-galore-torch's step takes {number(whole / passes)} times as long as the passes"
+            f" alone, {number(whole / bound)} times as long as their products: no step with these"
+            " passes is faster by more."
+        )
+    title = f"LLaMA of {setting.size}, rank {SIZES[setting.size].rank}"
+    return Table(f"{title}, {setting.batch} x {setting.length} tokens", head, rows, notes)
+
+
+def _beyond(samples: Samples, name: str) -> float:
+    pairs = zip(samples.seconds[name], samples.seconds[_PASSES], strict=True)
+    return statistics.median(whole - passes for whole, passes in pairs)

@@ -17,6 +17,8 @@ use pyo3::prelude::*;
 /// Native core of gradpress; use it through `gradpress.ops`.
 #[pymodule]
 mod _core {
+    use super::*;
+
     #[pymodule_export]
     use crate::lowrank::{
         project, project_back_add, project_back_requantize, project_back_requantize_workspace,
@@ -43,4 +45,10 @@ mod _core {
         compile_kernels, cuda_status, kernel_modules, set_emulator, set_simd_level, simd_level,
         simd_levels, version, warmup,
     };
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        cpu::openmp::belong_to_this_process();
+        Ok(())
+    }
 }

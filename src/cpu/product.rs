@@ -6,7 +6,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use crate::cpu::threads::Threads;
 
 /// Rows or columns of one tile: enough that packing the other operand again does not matter.
-const TILE: usize = 192;
+const TILE: usize = 96;
 
 /// A matrix of float32 somewhere in memory, with strides in elements.
 #[derive(Clone, Copy)]

@@ -1,9 +1,11 @@
-//! How many threads a call may use, and the pools behind them.
+//! How many threads a call may use, and where they come from.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::cpu::{crew, openmp};
 
 /// Below this many elements of work a call runs inline: waking a pool costs more than it saves.
 const INLINE_BELOW: usize = 1 << 15;
@@ -36,17 +38,24 @@ impl Threads {
     pub fn for_each<I, F>(self, elements: usize, tasks: Vec<I>, task: F)
     where
         I: Send,
-        F: Fn(I) + Send + Sync,
+        F: Fn(I) + Sync,
     {
-        use rayon::prelude::*;
-        let pool = if self.0 == 1 || tasks.len() < 2 || elements < INLINE_BELOW {
-            None
-        } else {
-            pool(self.0)
+        if self.0 == 1 || tasks.len() < 2 || elements < INLINE_BELOW {
+            return tasks.into_iter().for_each(task);
+        }
+        let queue = Mutex::new(tasks.into_iter());
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || {
+            while let Some(item) = next() {
+                task(item);
+            }
         };
-        match pool {
-            None => tasks.into_iter().for_each(task),
-            Some(pool) => pool.install(|| tasks.into_par_iter().with_max_len(1).for_each(task)),
+        // A team of another size than PyTorch's own would be made anew every time.
+        if !openmp::together(self.0, &work) {
+            match pool(self.0 - 1) {
+                Some(pool) => crew::together(&pool, self.0 - 1, &work),
+                None => work(),
+            }
         }
     }
 
@@ -55,24 +64,16 @@ impl Threads {
     where
         I: Send,
         R: Send,
-        F: Fn(I) -> R + Send + Sync,
+        F: Fn(I) -> R + Sync,
     {
-        use rayon::prelude::*;
-        let pool = if self.0 == 1 || tasks.len() < 2 || elements < INLINE_BELOW {
-            None
-        } else {
-            pool(self.0)
-        };
-        match pool {
-            None => tasks.into_iter().map(task).collect(),
-            Some(pool) => {
-                pool.install(|| tasks.into_par_iter().with_max_len(1).map(task).collect())
-            }
-        }
+        let mut results: Vec<Option<R>> = tasks.iter().map(|_| None).collect();
+        let tasks = tasks.into_iter().zip(&mut results).collect();
+        self.for_each(elements, tasks, |(item, result)| *result = Some(task(item)));
+        results.into_iter().flatten().collect()
     }
 }
 
-/// The pool of this size, or none where the system gives no threads.
+/// A pool of so many threads, or none where the system gives no threads.
 fn pool(size: usize) -> Option<Arc<ThreadPool>> {
     let mut guard = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
     let process = std::process::id();

@@ -10,7 +10,7 @@ use crate::rng::Key;
 use crate::tensor::{Floats, FloatsMut};
 
 /// Rows or columns of a gradient in one task.
-const TILE: usize = 192;
+const TILE: usize = 96;
 /// Rows of a weight in one task: its update has to stay in the second-level cache.
 const ROWS: usize = 64;
 

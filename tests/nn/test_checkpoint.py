@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradpress
 from gradpress.nn import checkpoint_blocks_
+from gradpress.ops import linear
 
 
 class Block(nn.Module):
@@ -171,3 +172,28 @@ def test_bad_arguments_are_named():
     for blocks in ([], [nn.Linear(2, 2)]):
         with pytest.raises(ValueError, match="blocks must be modules of model, at least one"):
             checkpoint_blocks_(Stack(), blocks=blocks)
+
+
+def test_a_blocks_last_product_is_not_computed_again(monkeypatch):
+    model = Stack().eval()
+    gradpress.nn.quantize_(model, target_modules=["up", "down"])
+    products = []
+    product = linear.linear_blockwise
+
+    def counted(x, weight, bias, **options):
+        products.append(weight.shape)
+        return product(x, weight, bias, **options)
+
+    monkeypatch.setattr(linear, "linear_blockwise", counted)
+    x = torch.randn(5, 16)
+    model(x).backward()
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    kept = len(products)
+    model.zero_grad()
+    with checkpoint_blocks_(model, blocks=list(model.blocks)):
+        model(x).backward()
+    again = products[2 * kept :]
+    assert kept == 12
+    assert again == [model.blocks[0].up.weight.shape] * 6
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

@@ -54,6 +54,8 @@ def test_parts_cover_a_weight_once_and_are_small(rows, columns, group_size, bits
     pieces = [weight.rows(*part, torch.float32) for part in weight.row_parts()]
     assert torch.equal(torch.cat(pieces).double(), exact)
     assert max(piece.numel() for piece in pieces) <= exact.numel() // 2
+    for first, last, piece in weight.all_rows(torch.float32):
+        assert torch.equal(piece.double(), exact[first:last])
     columns_of = weight.column_parts()
     if columns % group_size or columns == group_size:
         assert columns_of is None

@@ -38,22 +38,27 @@ def _remembering(
 ) -> Callable[..., torch.Tensor]:
     rises: dict[Any, int] = {}
 
-    def product(x: torch.Tensor, weight: linear.Codes, *bias: Any) -> torch.Tensor:
+    def product(
+        x: torch.Tensor, weight: linear.Codes, *bias: Any, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        given = {} if out is None else {"out": out}
         with torch._C.DisableTorchFunction():
-            tensors = list(tensors_in((x,), weight, bias))
+            tensors = list(tensors_in((x,), weight, bias, (out,)))
             if not all(t.is_meta for t in tensors):
                 key = None
             else:
                 layout = weight.shape, weight.bits, weight.group_size
                 key = (layout, tuple((t.shape, t.stride(), t.dtype) for t in tensors))
         if key is None:
-            return function(x, weight, *bias)
+            return function(x, weight, *bias, **given)
         if key not in rises:
             with accountant.rise() as found:
-                result = function(x, weight, *bias)
+                result = function(x, weight, *bias, **given)
             rises[key] = found[0]
             return result
         accountant.repeat(rises[key])
+        if out is not None:
+            return out
         width = weight.shape[0 if function.__name__ == _PRODUCTS[0] else 1]
         return x.new_empty(*x.shape[:-1], width)
 

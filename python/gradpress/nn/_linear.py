@@ -19,12 +19,6 @@ def _codes(weight: QuantizedWeight) -> kernels.Codes:
     return kernels.Codes(weight.codes, weight.scale, weight.zero_point, *layout)
 
 
-def _product(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    if _traced.is_traced(weight.codes):
-        return _traced.linear(x, weight, bias)
-    return kernels.linear_blockwise(x, _codes(weight), bias)
-
-
 def _input_grad(grad: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     if _traced.is_traced(weight.codes):
         return _traced.linear_input_grad(grad, weight)
@@ -32,7 +26,11 @@ def _input_grad(grad: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """``x @ weight.T + bias`` with a part of the weight dequantized at a time."""
+    """``x @ weight.T + bias`` with a part of the weight dequantized at a time.
+
+    Outside of graphs the result has yet to be filled in: checkpointing, which computes activations
+    again, ends with the last tensor that is saved, and shall do so before that layer's product.
+    """
 
     @staticmethod
     def forward(
@@ -40,9 +38,12 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
+        if _traced.is_traced(weight.codes):
+            ctx.collect = None
+            return _traced.linear(x, weight, bias)
         # Here, since checkpointing hands a copy of the weight to the backward pass.
-        ctx.collect = None if _traced.is_traced(weight.codes) else collector_of(weight)
-        return _product(x, weight, bias)
+        ctx.collect = collector_of(weight)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -74,7 +75,10 @@ def linear(
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         input, bias = input.to(dtype), bias.to(dtype) if bias is not None else None
-    return cast(torch.Tensor, _Linear.apply(input, weight, bias))
+    out = cast(torch.Tensor, _Linear.apply(input, weight, bias))
+    if not _traced.is_traced(weight.codes):
+        kernels.linear_blockwise(input.detach(), _codes(weight), bias, out=out.detach())
+    return out
 
 
 FUNCTIONS[F.linear] = linear

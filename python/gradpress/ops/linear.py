@@ -14,7 +14,7 @@ from gradpress.ops.quant import dequantize_blockwise
 #: device, as the update of quantized weights takes there.
 PART = {"cpu": 1 << 19}
 PART_OF_DEVICES = 1 << 22
-#: Weights up to this size are dequantized whole; larger ones in four parts where groups allow it.
+#: Weights up to this size are dequantized whole; larger ones in two parts where groups allow it.
 SMALL = 1 << 12
 
 
@@ -37,8 +37,13 @@ class Codes(NamedTuple):
     bits: int
     group_size: int
 
-    def rows(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """The rows from `first` to before `last`, which begin and end with a group's."""
+    def rows(
+        self, first: int, last: int, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The rows from `first` to before `last`, which begin and end with a group's.
+
+        `out`, of their shape and dtype, is written and returned where it is given.
+        """
         columns = self.shape[1]
         begin, end, size = first * columns, last * columns, self.group_size
         groups = slice(begin // size, -(-end // size))
@@ -47,7 +52,16 @@ class Codes(NamedTuple):
         else:
             codes = self.codes.view(-1)[begin:end].view(last - first, columns)
         zero_point = None if self.zero_point is None else self.zero_point[groups]
-        return self._values(codes, self.scale[groups], zero_point, (last - first, columns), dtype)
+        shape = (last - first, columns)
+        return self._values(codes, self.scale[groups], zero_point, shape, dtype, out)
+
+    def all_rows(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """The rows part by part, in memory that the next part takes over."""
+        buffer: torch.Tensor | None = None
+        for first, last in self.row_parts():
+            if buffer is None:
+                buffer = self.scale.new_empty((last - first, self.shape[1]), dtype=dtype)
+            yield first, last, self.rows(first, last, dtype, buffer[: last - first])
 
     def columns(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """The columns from `first` to before `last`, where groups end with rows and with these."""
@@ -73,6 +87,7 @@ class Codes(NamedTuple):
         zero_point: torch.Tensor | None,
         shape: tuple[int, int],
         dtype: torch.dtype,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         direct = dtype in (torch.float32, torch.float16, torch.bfloat16)
         values = dequantize_blockwise(
@@ -83,8 +98,11 @@ class Codes(NamedTuple):
             dtype=str(dtype).removeprefix("torch.") if direct else "float32",
             bits=self.bits,
             group_size=self.group_size,
+            out=out if direct else None,
         )
-        return cast(torch.Tensor, values).to(dtype)
+        if direct or out is None:
+            return cast(torch.Tensor, values).to(dtype)
+        return out.copy_(cast(torch.Tensor, values))
 
     def row_parts(self) -> Iterator[tuple[int, int]]:
         """Runs of rows that begin and end with a group's."""
@@ -105,30 +123,38 @@ def _parts(count: int, width: int, unit: int, device: torch.device) -> Iterator[
     """Divides `count` rows (or columns) of `width` elements into runs of whole units."""
     numel = count * width
     most = PART.get(device.type, PART_OF_DEVICES)
-    most = min(most, numel // 4) if numel > SMALL else numel
+    most = min(most, numel // 2) if numel > SMALL else numel
     run = max(unit, most // max(width * unit, 1) * unit)
     return ((first, min(first + run, count)) for first in range(0, count, run))
 
 
 @torch.no_grad()
-def linear_blockwise(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_blockwise(
+    x: torch.Tensor,
+    weight: Codes,
+    bias: torch.Tensor | None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``x @ weight.T + bias`` in the dtype of `x`, with a part of the weight at a time.
 
     Args:
         x: ``[..., columns]``.
         weight: ``[rows, columns]``.
         bias: ``[rows]`` or None.
+        out: Written in place of a new tensor: ``[..., rows]``, contiguous, in the dtype of `x`.
 
     Returns:
         ``[..., rows]``.
     """
-    flat = _wide(x)
-    out = x.new_empty(flat.shape[0], weight.shape[0])
-    for first, last in weight.row_parts():
-        _multiply(flat, weight.rows(first, last, flat.dtype).t(), out[:, first:last])
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    flat, flat_out = _wide(x), _matrix(out)
+    for first, last, values in weight.all_rows(flat.dtype):
+        _multiply(flat, values.t(), flat_out[:, first:last])
     if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], weight.shape[0])
+        flat_out += bias
+    return out
 
 
 @torch.no_grad()
@@ -142,25 +168,44 @@ def linear_blockwise_input_grad(grad: torch.Tensor, weight: Codes) -> torch.Tens
     Returns:
         ``[..., columns]``.
     """
-    flat = _wide(grad)
-    out = grad.new_empty(flat.shape[0], weight.shape[1])
-    columns = weight.column_parts()
-    if columns is not None:
-        for first, last in columns:
-            _multiply(flat, weight.columns(first, last, flat.dtype), out[:, first:last])
+    out = grad.new_empty(*grad.shape[:-1], weight.shape[1])
+    flat, flat_out = _wide(grad), _matrix(out)
+    narrow = flat.dtype not in (torch.float32, torch.float64)
+    columns = weight.column_parts() if narrow else None
+    if columns is None:
+        _sum_over_rows(flat, weight, flat_out)
     else:
-        # Groups span rows: a sum over parts, in float32 at least.
-        total = torch.zeros_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
-        for first, last in weight.row_parts():
-            part = total.new_empty(out.shape, dtype=flat.dtype)
-            total += torch.mm(flat[:, first:last], weight.rows(first, last, flat.dtype), out=part)
+        for first, last in columns:
+            _multiply(flat, weight.columns(first, last, flat.dtype), flat_out[:, first:last])
+    return out
+
+
+def _sum_over_rows(grad: torch.Tensor, weight: Codes, out: torch.Tensor) -> None:
+    """``grad @ weight`` as a sum of products with some rows each, in float32 at least."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
+    if not weight.shape[0]:
+        total.zero_()
+    for first, last, values in weight.all_rows(grad.dtype):
+        part = grad[:, first:last]
+        if wide != grad.dtype:
+            product = torch.mm(part, values, out=grad.new_empty(out.shape))
+            _ = total.copy_(product) if first == 0 else total.add_(product)
+        elif first == 0:
+            torch.mm(part, values, out=total)
+        else:
+            total.addmm_(part, values)
+    if total is not out:
         out.copy_(total)
-    return out.view(*grad.shape[:-1], weight.shape[1])
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """As a matrix; narrow floats as float32 on the CPU, where their own products crawl."""
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    x = _matrix(x)
     return x.float() if x.device.type == "cpu" and x.dtype != torch.float64 else x
 
 
