@@ -17,8 +17,6 @@ use pyo3::prelude::*;
 /// Native core of gradpress; use it through `gradpress.ops`.
 #[pymodule]
 mod _core {
-    use super::*;
-
     #[pymodule_export]
     use crate::lowrank::{
         project, project_back_add, project_back_requantize, project_back_requantize_workspace,
@@ -42,13 +40,7 @@ mod _core {
     };
     #[pymodule_export]
     use crate::runtime::{
-        compile_kernels, cuda_status, kernel_modules, set_emulator, set_simd_level, simd_level,
-        simd_levels, version, warmup,
+        compile_kernels, cuda_status, kernel_modules, own_threads, set_emulator, set_simd_level,
+        simd_level, simd_levels, version, warmup,
     };
-
-    #[pymodule_init]
-    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-        cpu::openmp::belong_to_this_process();
-        Ok(())
-    }
 }

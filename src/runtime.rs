@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
+use crate::cpu::openmp;
 use crate::cpu::simd::{self, Level};
 use crate::cuda::emulator::{self, Emulator};
 use crate::cuda::{self, Module, Stream};
@@ -35,6 +36,13 @@ pub fn set_simd_level(level: &str) -> PyResult<()> {
         simd::set_level(level);
     }
     Ok(())
+}
+
+/// Says that PyTorch's threads belong to this process. Called when the package is imported: a fork
+/// from then on has none of them, and does not wait for them.
+#[pyfunction]
+pub fn own_threads() {
+    openmp::belong_to_this_process();
 }
 
 /// The version of the native core.

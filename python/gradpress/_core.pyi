@@ -16,6 +16,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_dynamic",
     "kernel_modules",
+    "own_threads",
     "pack_int4",
     "project",
     "project_back_add",
@@ -213,6 +214,12 @@ def dequantize_dynamic(
 def kernel_modules() -> list[tuple[str, list[str], list[str]]]:
     """
     Every module that the CUDA halves of the ops may need: file of `kernels/`, defines, kernels.
+    """
+
+def own_threads() -> None:
+    """
+    Says that PyTorch's threads belong to this process. Called when the package is imported: a fork
+    from then on has none of them, and does not wait for them.
     """
 
 def pack_int4(codes: Any, packed: Any) -> None:

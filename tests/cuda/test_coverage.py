@@ -7,7 +7,7 @@ from gradpress import _core
 
 #: What the core offers that is no op on tensors.
 RUNTIME = {
-    *("version", "simd_level", "simd_levels", "set_simd_level"),
+    *("version", "own_threads", "simd_level", "simd_levels", "set_simd_level"),
     *("cuda_status", "warmup", "compile_kernels", "kernel_modules", "set_emulator"),
     *("project_workspace", "project_back_requantize_workspace"),
     *("refresh_basis_workspace", "svd_workspace"),

@@ -8,6 +8,9 @@ import torch
 
 from gradpress import _core
 
+# Kernels run on PyTorch's threads, which a fork of this process would wait for in vain.
+_core.own_threads()
+
 _emulated = False
 
 
