@@ -171,10 +171,27 @@ def _first_steps(contender: _Contender, setting: _Setting) -> _Memory:
 
 
 def _bound(passes: _Contender, setting: _Setting, limits: Limits) -> float:
-    """Seconds of the passes' products at the rate of `torch.mm`."""
-    with FlopCounterMode(display=False) as counter:
-        passes.step(next(_windows(setting)))
+    """Seconds of the products that no way does without, at the rate of `torch.mm`.
+
+    They are those of the forward pass and of the gradients of activations. Gradients of weights are
+    not: projected ones need fewer.
+    """
+    model: Any = passes.model
+    windows = next(_windows(setting))
+    embedded = model.get_input_embeddings()(windows[:, :-1]).detach().requires_grad_()
+    with _frozen(model), FlopCounterMode(display=False) as counter:
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops() / limits.flops)
+
+
+@contextlib.contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
 
 
 def _ours(size: str, least: bool, again: bool) -> _Contender:
@@ -273,20 +290,26 @@ def _table(setting: _Setting, memory: dict[str, _Memory], samples: Samples, boun
         )
         for name, found in memory.items()
     ]
-    passes = samples.median(_PASSES)
+    return Table(_title(setting), head, rows, _notes(samples, bound))
+
+
+def _title(setting: _Setting) -> str:
+    title = f"LLaMA of {setting.size}, rank {SIZES[setting.size].rank}"
+    return f"{title}, {setting.batch} x {setting.length} tokens"
+
+
+def _notes(samples: Samples, bound: float) -> list[str]:
     notes = [
-        f"The passes' products take {number(bound)} s at the rate of `torch.mm`:"
-        f" {bound / passes:.0%} of what the passes take."
+        "The products that no way does without, forward and for the gradients of activations, take"
+        f" {number(bound)} s at the rate of `torch.mm`."
     ]
-    if _Q_GALORE in memory:
+    if _Q_GALORE in samples.seconds:
         whole = samples.median(_Q_GALORE)
         notes.append(
-            f"q-galore-torch's step takes {number(whole / passes)} times as long as the passes"
-            f" alone, {number(whole / bound)} times as long as their products: no step with these"
-            " passes is faster by more."
+            f"q-galore-torch's step takes {number(whole / bound)} times as long: no way of stepping"
+            " is faster than it by more."
         )
-    title = f"LLaMA of {setting.size}, rank {SIZES[setting.size].rank}"
-    return Table(f"{title}, {setting.batch} x {setting.length} tokens", head, rows, notes)
+    return notes
 
 
 def _beyond(samples: Samples, name: str) -> float:

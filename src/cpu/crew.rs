@@ -77,6 +77,7 @@ unsafe impl Send for Erased {}
 /// this thread returns from it. A panic of any of them is passed on.
 pub fn together(pool: &ThreadPool, helpers: usize, work: &(dyn Fn() + Sync)) {
     let door = Arc::new(Door::default());
+    let closing = Closing(&door);
     for _ in 0..helpers {
         // SAFETY: only the lifetime changes. It is followed between `enter` and `leave` alone, and
         // this function, which holds the reference, does not return or unwind before `close` has
@@ -93,7 +94,6 @@ pub fn together(pool: &ThreadPool, helpers: usize, work: &(dyn Fn() + Sync)) {
             }
         });
     }
-    let closing = Closing(&door);
     work();
     std::mem::forget(closing);
     if let Some(panic) = door.close() {

@@ -5,7 +5,8 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 use crate::cpu::threads::Threads;
 
-/// Rows or columns of one tile: enough that packing the other operand again does not matter.
+/// Rows or columns of one tile: enough that packing the other operand again does not matter, and few
+/// enough that 512 of them are not one thread's work for twice as long as another's.
 const TILE: usize = 96;
 
 /// A matrix of float32 somewhere in memory, with strides in elements.

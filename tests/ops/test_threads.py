@@ -44,7 +44,8 @@ def test_a_fork_does_not_wait_for_threads_it_does_not_have():
 def test_calls_from_many_threads_at_a_time(count):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1 << 18, generator=generator)
-    grad, basis = torch.randn(700, 300, generator=generator), torch.randn(300, 40)
+    grad = torch.randn(700, 300, generator=generator)
+    basis = torch.randn(300, 40, generator=generator)
     exact = grad.double() @ basis.double()
 
     def work(_):

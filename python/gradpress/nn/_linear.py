@@ -77,7 +77,7 @@ def linear(
         input, bias = input.to(dtype), bias.to(dtype) if bias is not None else None
     out = cast(torch.Tensor, _Linear.apply(input, weight, bias))
     if not _traced.is_traced(weight.codes):
-        kernels.linear_blockwise(input.detach(), _codes(weight), bias, out=out.detach())
+        kernels.linear_blockwise(input, _codes(weight), bias, out=out.detach())
     return out
 
 

@@ -184,17 +184,14 @@ def _sum_over_rows(grad: torch.Tensor, weight: Codes, out: torch.Tensor) -> None
     """``grad @ weight`` as a sum of products with some rows each, in float32 at least."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     total = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
-    if not weight.shape[0]:
+    if wide != grad.dtype or not weight.shape[0]:
         total.zero_()
     for first, last, values in weight.all_rows(grad.dtype):
         part = grad[:, first:last]
-        if wide != grad.dtype:
-            product = torch.mm(part, values, out=grad.new_empty(out.shape))
-            _ = total.copy_(product) if first == 0 else total.add_(product)
-        elif first == 0:
-            torch.mm(part, values, out=total)
+        if wide == grad.dtype:
+            total.addmm_(part, values, beta=float(first > 0))
         else:
-            total.addmm_(part, values)
+            total += torch.mm(part, values, out=grad.new_empty(out.shape))
     if total is not out:
         out.copy_(total)
 
